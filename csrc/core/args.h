@@ -1,0 +1,85 @@
+// What a layer's kernels are given: plain pointers, sizes and strides. No torch, no C++ standard library.
+//
+// T steps, B batch, N rows of all steps together, I input, H hidden, P output (the projection's size where there is
+// one, else H), G gates, D directions. Strides count elements.
+#pragma once
+#include <stdint.h>
+
+namespace seqkern {
+
+enum class Cell : int { kRnnTanh = 0, kRnnRelu, kLstm, kGru };
+enum class Dtype : int { kF64 = 0, kF32, kBf16, kF16 };
+constexpr int kCells = 4, kDtypes = 4, kMaxDirections = 2;
+
+// A [T, B, *] tensor, or the rows of a packed one; the last dimension is dense.
+struct Sequence {
+  void* data;
+  int64_t step;  // between steps of a tensor that is not packed
+  int64_t row;   // between rows of a step
+  bool packed;   // step t starts at row starts[t]
+};
+
+struct Weights {
+  void* w_ih;  // [G*H, I]
+  void* w_hh;  // [G*H, P]
+  void* b_ih;  // [G*H] or null
+  void* b_hh;  // [G*H] or null
+  void* w_hr;  // [P, H] or null
+};
+
+// How a call is shared out. Threads are numbered (direction, row part, unit part), unit part fastest.
+struct Plan {
+  int directions;  // 2: the directions run at the same time
+  int rows;        // parts of the batch; they meet only where weight gradients are summed
+  int units;       // parts of the hidden units; they meet after every step
+  int threads() const { return directions * rows * units; }
+};
+
+struct Barrier {
+  alignas(64) int arrived;
+  alignas(64) int phase;
+};
+
+struct LayerArgs {
+  int64_t steps, batch, rows, input, hidden, output, directions;
+  const int64_t* sizes;   // [T] rows of each step, never growing
+  const int64_t* starts;  // [T+1] first row of each step
+  Sequence x;             // [T, B, I]
+  const void* h0;         // [D, B, P] or null
+  const void* c0;         // [D, B, H] or null
+  Weights weights[kMaxDirections];
+  void* y;        // [N, D*P], dense; an output of forward, an input of backward
+  void* reserve;  // [D, N, kSaved, H], dense, likewise; null in inference
+  // forward
+  void* h_n;  // [D, B, P]
+  void* c_n;  // [D, B, H] (LSTM) or null
+  // backward
+  Sequence dy;       // [T, B, D*P]; data null: zeros
+  const void* dh_n;  // [D, B, P] or null
+  const void* dc_n;  // [D, B, H] or null
+  void* dx;          // [N, I], dense, or null where it is not wanted
+  void* dh0;         // [D, B, P]
+  void* dc0;         // [D, B, H] (LSTM) or null
+  Weights dweights[kMaxDirections];  // all null where they are not wanted
+  // execution
+  Plan plan;
+  const int64_t* row_bounds;  // [plan.rows + 1]: row part r has rows row_bounds[r] to row_bounds[r+1]
+  Barrier* barriers;          // [1 + kMaxDirections * (1 + plan.rows)]: all; a direction; its row parts
+  char* scratch;              // as many bytes as scratch() asked for, 64-byte aligned
+};
+
+// One cell in one dtype: how many bytes of scratch a call needs, and the work of thread `tid` of plan.threads().
+struct Kernel {
+  int64_t (*scratch)(const LayerArgs&);
+  void (*run)(const LayerArgs&, int tid);
+};
+
+struct CpuKernels {
+  const char* isa;
+  Kernel forward[kCells][kDtypes];
+  Kernel backward[kCells][kDtypes];
+  void (*math_f32)(const char* name, const float* x, float* y, int64_t n);
+  void (*math_f64)(const char* name, const double* x, double* y, int64_t n);
+};
+
+}  // namespace seqkern

@@ -1,0 +1,441 @@
+// The backward pass of a layer. Steps run against the forward order, in chunks. In a chunk, step by step, the product
+// that brings d(loss)/dh back through W_hh, with the cell's derivative on its tiles; the gate gradients of the chunk
+// stay in a buffer. Then, from that buffer, dx = dgates W_ih and the sums over rows dW = dgates^T [x, h], db.
+//
+// The chunk buffer alternates, so that one meeting of the threads per chunk is enough: a thread may begin the next
+// chunk's steps while others still sum this one's weights. Sums run in a fixed order: results repeat bit for bit.
+#pragma once
+#include "../core/cells.h"
+#include "team.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+template <class C, class S> struct Backward {
+  using Acc = typename AccOf<S>::Type;
+  using A = typename OperandOf<S>::Type;
+  using V = Pack<Acc>;
+  static constexpr int kWidth = V::kWidth, kColumns = kWide * kWidth, kTile = tile_rows(kWide);
+  static constexpr int kSkip = C::kGrads - C::kGates;  // where the columns of the hidden side begin
+  static constexpr int64_t kChunkRows = 256;
+
+  const LayerArgs& a;
+  int64_t units, outs, ins, ldg, ldp, carry_ld, chunk, chunk_rows, chunk_pairs, gate_k;
+
+  struct Shared {  // by the threads of a direction
+    Panels<A> w_hh, w_ih, w_hr;  // right-hand sides [G*H, P], [G*H, I], [P, H]
+    A* grads[2];                 // [chunk_rows][ldg] gate gradients, columns as the cell orders them
+    A* dp[2];                    // [chunk_rows][ldp] d(loss)/dh of a projected output
+    Panels<A> x[2], h[2], u[2];  // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
+    Acc* carry;                  // [B][carry_ld]
+    Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+  };
+  struct Own { A* left; };  // [chunk_pairs][kTile][kPair] one tile's columns of the gate gradients
+
+  explicit Backward(const LayerArgs& args) : a(args) {
+    units = ceil_div(a.hidden, kColumns);
+    outs = ceil_div(a.output, kColumns);
+    ins = ceil_div(a.input, kColumns);
+    gate_k = ceil_div(C::kGates * a.hidden, kPair<A>);
+    ldg = ceil_div(C::kGrads * a.hidden + kWidth, 16) * 16 + 16;
+    ldp = outs * kColumns + 16;
+    carry_ld = units * kColumns;
+    chunk = min64(a.steps, max64(1, kChunkRows / max64(1, a.batch)));
+    chunk_rows = chunk * a.batch;
+    chunk_pairs = ceil_div(chunk_rows, kPair<A>);
+  }
+  bool projected() const { return a.weights[0].w_hr != nullptr; }
+  bool sums() const { return a.dweights[0].w_ih != nullptr; }
+  // float and double sums go straight to the output; 16-bit ones need a wider place first.
+  static constexpr bool kDirectSums = sizeof(S) == sizeof(Acc);
+
+  Shared shared(Arena& m) const {
+    Shared s{};
+    auto panels = [&](int64_t k, int64_t n, bool wanted) {
+      Panels<A> p{nullptr, k, kWide};
+      p.data = m.take<A>(wanted ? n * p.size() : 0);
+      return p;
+    };
+    s.w_hh = panels(gate_k, outs, true);
+    s.w_ih = panels(gate_k, ins, a.dx != nullptr);
+    s.w_hr = panels(ceil_div(a.output, kPair<A>), units, projected());
+    for (int i = 0; i < 2; ++i) {
+      s.grads[i] = m.take<A>(chunk_rows * ldg);
+      s.dp[i] = m.take<A>(projected() ? chunk_rows * ldp : 0);
+      s.x[i] = panels(chunk_pairs, ins, sums());
+      s.h[i] = panels(chunk_pairs, outs, sums());
+      s.u[i] = panels(chunk_pairs, units, sums() && projected());
+    }
+    s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
+    const int64_t n = sums() && !kDirectSums ? C::kGates * a.hidden : 0;
+    s.dw_ih = m.take<Acc>(n * a.input);
+    s.dw_hh = m.take<Acc>(n * a.output);
+    s.db_ih = m.take<Acc>(n);
+    s.db_hh = m.take<Acc>(n);
+    s.dw_hr = m.take<Acc>(n && projected() ? a.output * a.hidden : 0);
+    return s;
+  }
+  Own own(Arena& m) const { return {m.take<A>(chunk_pairs * kTile * kPair<A>)}; }
+  // The second direction's dx, where both directions run at once.
+  S* second_dx(Arena& m) const { return m.take<S>(a.dx && a.plan.directions == 2 ? a.rows * a.input : 0); }
+
+  static int64_t scratch(const LayerArgs& args) {
+    Backward f(args);
+    Arena m{nullptr};
+    f.second_dx(m);
+    for (int d = 0; d < args.plan.directions; ++d) f.shared(m);
+    for (int t = 0; t < args.plan.threads(); ++t) f.own(m);
+    return m.used;
+  }
+
+  static void run(const LayerArgs& args, int tid) {
+    Backward f(args);
+    Member me(args, tid);
+    Arena m{args.scratch};
+    S* dx2 = f.second_dx(m);
+    Shared s;
+    Own o;
+    for (int d = 0; d < args.plan.directions; ++d) {
+      Shared other = f.shared(m);
+      if (d == me.direction) s = other;
+    }
+    for (int t = 0; t <= tid; ++t) o = f.own(m);
+    if (args.plan.directions == args.directions) {
+      f.direction(me, me.direction, s, o, me.direction ? dx2 : (S*)args.dx, false);
+      if (args.directions == 2 && args.dx) {
+        me.meet_all();
+        Range r = part(args.rows * args.input, tid, args.plan.threads());
+        S* dx = (S*)args.dx;
+        for (int64_t i = r.begin; i < r.end; ++i) narrow(widen(dx[i]) + widen(dx2[i]), dx[i]);
+      }
+    } else {
+      for (int d = 0; d < args.directions; ++d) {
+        f.direction(me, d, s, o, (S*)args.dx, d == 1);
+        me.meet_direction();  // before the next direction's weights overwrite these
+      }
+    }
+  }
+
+  // B[k, n] for k over the columns of gate gradients, each column block being `order[k]`-th gate's rows of w [G*H, n].
+  void pack_by_gate(const S* w, int64_t n, const int (&order)[C::kGates], const Panels<A>& to, Range p) const {
+    for (int64_t i = p.begin; i < p.end; ++i) {
+      for (int k = 0; k < C::kGates; ++k)
+        for (int64_t j = 0; j < a.hidden; ++j)
+          pack_row(w + (order[k] * a.hidden + j) * n + i * kColumns, n - i * kColumns, k * a.hidden + j, to.panel(i),
+                   kColumns);
+      if (C::kGates * a.hidden % kPair<A>) pack_row(w, 0, C::kGates * a.hidden, to.panel(i), kColumns);
+    }
+  }
+  void pack(const Member& me, int d, const Shared& s) const {
+    const Weights& w = a.weights[d];
+    const int i = me.in_direction(), n = me.direction_size();
+    pack_by_gate((const S*)w.w_hh, a.output, C::kOrderH, s.w_hh, part(outs, i, n));
+    if (a.dx) pack_by_gate((const S*)w.w_ih, a.input, C::kOrder, s.w_ih, part(ins, i, n));
+    if (!projected()) return;
+    const Range p = part(units, i, n);
+    for (int64_t q = p.begin; q < p.end; ++q)
+      for (int64_t k = 0; k < s.w_hr.pairs * kPair<A>; ++k)
+        pack_row((const S*)w.w_hr + k * a.hidden + q * kColumns, k < a.output ? a.hidden - q * kColumns : 0, k,
+                 s.w_hr.panel(q), kColumns);
+  }
+
+  struct Chunk {
+    int64_t first, last;  // steps, counted in backward's order
+    int64_t base, rows;   // rows of the whole sequence
+    int buffer;
+  };
+
+  void direction(const Member& me, int d, const Shared& s, const Own& o, S* dx, bool add) const {
+    const Direction dir{a, d};
+    const int64_t b0 = me.row_begin(), b1 = me.row_end();
+    const Range q = part(outs, me.unit_part, a.plan.units), p = part(units, me.unit_part, a.plan.units);
+    auto time = [&](int64_t i) { return dir.time(a.steps - 1 - i); };
+    auto size = [&](int64_t i) { return i >= 0 && i < a.steps ? a.sizes[time(i)] : 0; };
+    auto clip = [&](int64_t b) { return max64(b0, min64(b1, b)); };
+    pack(me, d, s);
+    if (me.unit_part == 0) enter(dir, s, b0, b1);
+    me.meet_direction();
+    const A* after = nullptr;  // gate gradients of the step before in this order, row 0 of the batch
+    for (int64_t i0 = 0, k = 0; i0 < a.steps; i0 += chunk, ++k) {
+      Chunk c{i0, min64(i0 + chunk, a.steps), 0, 0, int(k & 1)};
+      const int64_t t0 = min64(time(c.first), time(c.last - 1)), t1 = max64(time(c.first), time(c.last - 1));
+      c.base = a.starts[t0];
+      c.rows = a.starts[t1 + 1] - c.base;
+      for (int64_t i = c.first; i < c.last; ++i) {
+        const int64_t t = time(i), n = clip(size(i)), known = clip(min64(size(i - 1), size(i)));
+        A* grads = s.grads[c.buffer] + (a.starts[t] - c.base) * ldg;
+        // Rows up to `known` were at the step before; the others begin here, with d(loss)/dh_n.
+        if (projected()) {
+          A* dp = s.dp[c.buffer] + (a.starts[t] - c.base) * ldp;
+          output(dir, s, t, after, b0, known, n, q, dp);
+          me.meet_units();
+          unproject(dir, s, t, dp, b0, n, p, grads);
+        } else {
+          output_and_cell(dir, s, t, after, b0, known, n, q, grads);
+        }
+        me.meet_units();
+        leave(dir, s, grads, clip(min64(size(i + 1), size(i))), n, q, p);
+        after = grads;
+      }
+      if (sums()) gather(me, dir, s, c, b0, b1);
+      me.meet_direction();
+      if (a.dx) input_gradient(me, s, c, dx, add);
+      if (sums()) sum_weights(me, s, o, c, d);
+    }
+    if (sums() && !kDirectSums) {
+      me.meet_direction();
+      narrow_sums(me, s, d);
+    }
+  }
+
+  void enter(const Direction& dir, const Shared& s, int64_t b0, int64_t b1) const {
+    if (C::kCarry == Carry::kNone) return;
+    const S* dc = C::kCarry == Carry::kCell ? (const S*)a.dc_n : nullptr;
+    for (int64_t b = b0; b < b1; ++b)
+      for (int64_t j = 0; j < carry_ld; ++j)
+        s.carry[b * carry_ld + j] =
+            dc && j < a.hidden ? Acc(widen(dc[(dir.d * a.batch + b) * a.hidden + j])) : Acc(0);
+  }
+
+  // d(loss)/dh of rows [b0, n) at time t, in the output panels q: through the next step's gates for rows below `known`,
+  // from dh_n for the others, and from dy. use(b, j, lanes, value) takes a vector of it.
+  template <class Use>
+  SK_INL void output_gradient(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0,
+                              int64_t known, int64_t n, Range q, const Use& use) const {
+    auto direct = [&](int64_t b, int64_t j, int64_t lanes, V value) {
+      if (a.dy.data) value = value + load(at<const S>(a.dy, a, t, b) + dir.d * a.output + j, lanes);
+      use(b, j, lanes, value);
+    };
+    multiply<kWide>(Left<A>{after + b0 * ldg + kSkip * a.hidden, ldg, kPair<A>}, known - b0, s.w_hh, q.begin, q.end,
+                    (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
+                      for (int r = 0; r < rows; ++r)
+                        for (int v = 0; v < kWide; ++v) {
+                          const int64_t j = panel * kColumns + v * kWidth;
+                          if (j >= a.output) break;
+                          direct(b0 + r0 + r, j, a.output - j, load(c + r * kColumns + v * kWidth));
+                        }
+                    });
+    const S* dh_n = (const S*)a.dh_n;
+    for (int64_t b = known; b < n; ++b)
+      for (int64_t j = q.begin * kColumns; j < min64(q.end * kColumns, a.output); j += kWidth)
+        direct(b, j, a.output - j,
+               dh_n ? load(dh_n + (dir.d * a.batch + b) * a.output + j, a.output - j) : V(0));
+  }
+
+  // The cell's derivative for one vector of units of row b.
+  SK_INL void cell(const Direction& dir, const Shared& s, int64_t t, int64_t b, int64_t j, int64_t lanes, V dh,
+                   A* grads) const {
+    V saved[C::kSaved ? C::kSaved : 1], grad[C::kGrads], out(0), prev(0), carry(0);
+    if (C::kSaved) {
+      const S* keep = dir.reserve<const S, C::kSaved>(t, b) + j;
+      for (int q = 0; q < C::kSaved; ++q) saved[q] = load(keep + q * a.hidden, lanes);
+    } else {
+      out = load((const S*)a.y + (a.starts[t] + b) * a.directions * a.output + dir.d * a.output + j, lanes);
+    }
+    if (C::kCarry == Carry::kHidden) {
+      const S* h = dir.previous_output<const S>(t, b);
+      if (h) prev = load(h + j, lanes);
+    } else if (C::kCarry == Carry::kCell) {
+      const int64_t before = dir.before(t, b);
+      if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
+      else if (a.c0) prev = load((const S*)a.c0 + (dir.d * a.batch + b) * a.hidden + j, lanes);
+    }
+    if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+    C::backward(saved, out, prev, dh, carry, grad);
+    if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
+    for (int g = 0; g < C::kGrads; ++g) store(grad[g], grads + b * ldg + g * a.hidden + j, lanes);
+    if (kPair<A> == 2 && lanes <= kWidth)  // an odd number of columns is read in pairs
+      grads[b * ldg + C::kGrads * a.hidden] = A{};
+  }
+
+  void output_and_cell(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0, int64_t known,
+                       int64_t n, Range q, A* grads) const {
+    output_gradient(dir, s, t, after, b0, known, n, q,
+                    [&](int64_t b, int64_t j, int64_t lanes, V dh) { cell(dir, s, t, b, j, lanes, dh, grads); });
+  }
+  void output(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0, int64_t known, int64_t n,
+              Range q, A* dp) const {
+    output_gradient(dir, s, t, after, b0, known, n, q,
+                    [&](int64_t b, int64_t j, int64_t lanes, V dh) {
+                      store(lanes < kWidth ? first(dh, lanes) : dh, dp + b * ldp + j);
+                    });
+  }
+  static SK_INL V first(V x, int64_t lanes) {  // the rest zero
+    Acc full[kWidth];
+    store(x, full);
+    return load(full, lanes);
+  }
+  // d(loss)/d(unprojected h) = dp W_hr, and the cell on it.
+  void unproject(const Direction& dir, const Shared& s, int64_t t, const A* dp, int64_t b0, int64_t n, Range p,
+                 A* grads) const {
+    multiply<kWide>(Left<A>{dp + b0 * ldp, ldp, kPair<A>}, n - b0, s.w_hr, p.begin, p.end, (const Acc*)nullptr,
+                    [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
+                      for (int r = 0; r < rows; ++r)
+                        for (int v = 0; v < kWide; ++v) {
+                          const int64_t j = panel * kColumns + v * kWidth;
+                          if (j >= a.hidden) break;
+                          cell(dir, s, t, b0 + r0 + r, j, a.hidden - j, load(c + r * kColumns + v * kWidth), grads);
+                        }
+                    });
+  }
+
+  // Initial state's gradient for the rows [begin, end), whose first step in time this was.
+  void leave(const Direction& dir, const Shared& s, const A* grads, int64_t begin, int64_t end, Range q,
+             Range p) const {
+    S* dh0 = (S*)a.dh0 + dir.d * a.batch * a.output;
+    multiply<kWide>(Left<A>{grads + begin * ldg + kSkip * a.hidden, ldg, kPair<A>}, end - begin, s.w_hh, q.begin, q.end,
+                    (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
+                      for (int r = 0; r < rows; ++r)
+                        for (int v = 0; v < kWide; ++v) {
+                          const int64_t j = panel * kColumns + v * kWidth, b = begin + r0 + r;
+                          if (j >= a.output) break;
+                          V dh = load(c + r * kColumns + v * kWidth);
+                          if (C::kCarry == Carry::kHidden) dh = dh + load(s.carry + b * carry_ld + j);
+                          store(dh, dh0 + b * a.output + j, a.output - j);
+                        }
+                    });
+    if (C::kCarry != Carry::kCell) return;
+    S* dc0 = (S*)a.dc0 + dir.d * a.batch * a.hidden;
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t j = p.begin * kColumns; j < min64(p.end * kColumns, a.hidden); ++j)
+        narrow(s.carry[b * carry_ld + j], dc0[b * a.hidden + j]);
+  }
+
+  // Right-hand sides of the weight sums, this thread's share of the chunk's rows: x, the state that each step read,
+  // and what the projection multiplied.
+  void gather(const Member& me, const Direction& dir, const Shared& s, const Chunk& c, int64_t b0, int64_t b1) const {
+    const Range steps = part(c.last - c.first, me.unit_part, a.plan.units);
+    auto rows = [&](const Panels<A>& to, int64_t panels, const S* from, int64_t n, int64_t k) {
+      for (int64_t i = 0; i < panels; ++i)
+        pack_row(from ? from + i * kColumns : nullptr, from ? n - i * kColumns : 0, k, to.panel(i), kColumns);
+    };
+    for (int64_t i = steps.begin; i < steps.end; ++i) {
+      const int64_t t = dir.time(a.steps - 1 - (c.first + i));
+      for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b) {
+        const int64_t k = a.starts[t] + b - c.base;
+        rows(s.x[c.buffer], ins, at<const S>(a.x, a, t, b), a.input, k);
+        rows(s.h[c.buffer], outs, dir.previous_output<const S>(t, b), a.output, k);
+        if (projected()) gather_unprojected(dir, s.u[c.buffer], t, b, k);
+      }
+    }
+    if (kPair<A> == 2 && c.rows % 2 && me.in_direction() == 0) {
+      rows(s.x[c.buffer], ins, nullptr, 0, c.rows);
+      rows(s.h[c.buffer], outs, nullptr, 0, c.rows);
+      if (projected()) rows(s.u[c.buffer], units, nullptr, 0, c.rows);
+    }
+  }
+  template <class Cell = C> auto unprojected(const V* saved) const -> decltype(Cell::unprojected(*(V(*)[5])saved)) {
+    return Cell::unprojected(*(V(*)[5])saved);
+  }
+  V unprojected(...) const { return V(0); }  // cells without a projection never get here
+  void gather_unprojected(const Direction& dir, const Panels<A>& to, int64_t t, int64_t b, int64_t k) const {
+    const S* keep = dir.reserve<const S, C::kSaved>(t, b);
+    for (int64_t i = 0; i < units; ++i) {
+      Acc u[kColumns];
+      for (int v = 0; v < kWide; ++v) {
+        const int64_t j = i * kColumns + v * kWidth, lanes = a.hidden - j;
+        V saved[5];
+        for (int q = 0; q < C::kSaved; ++q) saved[q] = lanes > 0 ? load(keep + q * a.hidden + j, lanes) : V(0);
+        store(lanes > 0 ? unprojected((const V*)saved) : V(0), u + v * kWidth);
+      }
+      pack_row(u, kColumns, k, to.panel(i), kColumns);
+    }
+  }
+
+  void input_gradient(const Member& me, const Shared& s, const Chunk& c, S* dx, bool add) const {
+    const Range r = part(c.rows, me.in_direction(), me.direction_size());
+    multiply<kWide>(Left<A>{s.grads[c.buffer] + r.begin * ldg, ldg, kPair<A>}, r.end - r.begin, s.w_ih, 0, ins,
+                    (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* t) {
+                      for (int i = 0; i < rows; ++i)
+                        for (int v = 0; v < kWide; ++v) {
+                          const int64_t j = panel * kColumns + v * kWidth, lanes = a.input - j;
+                          if (lanes <= 0) break;
+                          S* to = dx + (c.base + r.begin + r0 + i) * a.input + j;
+                          V sum = load(t + i * kColumns + v * kWidth);
+                          if (add) sum = sum + load(to, lanes);
+                          store(sum, to, lanes);
+                        }
+                    });
+  }
+
+  // to [rows][n] (+)= left^T B, `left` being a tile's columns; the first chunk sets, the others add.
+  void sum_tile(const Own& o, int rows, const Panels<A>& b, int64_t pairs, int64_t n, Acc* to, bool first_chunk) const {
+    alignas(64) Acc c[kTile * kColumns];
+    for (int64_t p = 0; p < ceil_div(n, kColumns); ++p) {
+      TileArgs<A> t{{o.left, kPair<A>, int64_t(rows) * kPair<A>}, b.panel(p), pairs, nullptr, c};
+      tile_any<kWide>(rows, t);
+      for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < kWide; ++v) {
+          const int64_t j = p * kColumns + v * kWidth, lanes = n - j;
+          if (lanes <= 0) break;
+          V sum = load(c + r * kColumns + v * kWidth);
+          if (!first_chunk) sum = sum + load(to + r * n + j, lanes);
+          store(sum, to + r * n + j, lanes);
+        }
+    }
+  }
+  // Columns [m, m + rows) of `from` (leading dimension ld), transposed for the left-hand side of a sum.
+  void take_columns(const Own& o, const A* from, int64_t ld, int64_t m, int rows, int64_t n, int64_t pairs) const {
+    constexpr int kP = kPair<A>;
+    for (int64_t k = 0; k < pairs; ++k)
+      for (int r = 0; r < rows; ++r)
+        for (int h = 0; h < kP; ++h)
+          o.left[(k * rows + r) * kP + h] = k * kP + h < n ? from[(k * kP + h) * ld + m + r] : A{};
+  }
+  void sum_weights(const Member& me, const Shared& s, const Own& o, const Chunk& c, int d) const {
+    const Weights& w = a.dweights[d];
+    Acc* dw_ih = kDirectSums ? (Acc*)w.w_ih : s.dw_ih;
+    Acc* dw_hh = kDirectSums ? (Acc*)w.w_hh : s.dw_hh;
+    Acc* db_ih = kDirectSums ? (Acc*)w.b_ih : s.db_ih;
+    Acc* db_hh = kDirectSums ? (Acc*)w.b_hh : s.db_hh;
+    const bool first = c.first == 0, biased = w.b_ih != nullptr;
+    const int64_t pairs = ceil_div(c.rows, kPair<A>), tiles = ceil_div(a.hidden, kTile);
+    const Range mine = part(C::kGrads * tiles, me.in_direction(), me.direction_size());
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int column = int(i / tiles);  // of the cell's gate gradients
+      const int64_t j = i % tiles * kTile;
+      const int rows = int(min64(kTile, a.hidden - j));
+      take_columns(o, s.grads[c.buffer], ldg, column * a.hidden + j, rows, c.rows, pairs);
+      if (column < C::kGates) {
+        const int64_t m = C::kOrder[column] * a.hidden + j;
+        sum_tile(o, rows, s.x[c.buffer], pairs, a.input, dw_ih + m * a.input, first);
+        if (biased) sum_bias(o, rows, pairs, db_ih + m, first);
+      }
+      if (column >= kSkip) {
+        const int64_t m = C::kOrderH[column - kSkip] * a.hidden + j;
+        sum_tile(o, rows, s.h[c.buffer], pairs, a.output, dw_hh + m * a.output, first);
+        if (biased) sum_bias(o, rows, pairs, db_hh + m, first);
+      }
+    }
+    if (!projected()) return;
+    Acc* dw_hr = kDirectSums ? (Acc*)w.w_hr : s.dw_hr;
+    const Range out = part(ceil_div(a.output, kTile), me.in_direction(), me.direction_size());
+    for (int64_t i = out.begin; i < out.end; ++i) {
+      const int rows = int(min64(kTile, a.output - i * kTile));
+      take_columns(o, s.dp[c.buffer], ldp, i * kTile, rows, c.rows, pairs);
+      sum_tile(o, rows, s.u[c.buffer], pairs, a.hidden, dw_hr + i * kTile * a.hidden, first);
+    }
+  }
+  void sum_bias(const Own& o, int rows, int64_t pairs, Acc* to, bool first) const {
+    for (int r = 0; r < rows; ++r) {
+      Acc sum = 0;
+      for (int64_t k = 0; k < pairs; ++k)
+        for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * rows + r) * kPair<A> + h]);
+      to[r] = first ? sum : to[r] + sum;
+    }
+  }
+  void narrow_sums(const Member& me, const Shared& s, int d) const {
+    const Weights& w = a.dweights[d];
+    auto all = [&](const Acc* from, void* to, int64_t n) {
+      const Range r = part(n, me.in_direction(), me.direction_size());
+      for (int64_t i = r.begin; to && i < r.end; ++i) narrow(from[i], ((S*)to)[i]);
+    };
+    const int64_t rows = C::kGates * a.hidden;
+    all(s.dw_ih, w.w_ih, rows * a.input);
+    all(s.dw_hh, w.w_hh, rows * a.output);
+    all(s.db_ih, w.b_ih, rows);
+    all(s.db_hh, w.b_hh, rows);
+    all(s.dw_hr, w.w_hr, a.output * a.hidden);
+  }
+};
+
+}}}  // namespace seqkern::SK_NS

@@ -1,0 +1,248 @@
+// The forward pass of a layer: for each direction, chunks of time steps small enough that the projected inputs of a
+// chunk stay in cache; in a chunk one product for the input projection, then step by step the recurrent product with
+// the cell on its tiles. With a projection (LSTM) a second product per step takes the cell's output down to P.
+#pragma once
+#include "../core/cells.h"
+#include "team.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+template <class C, class S> struct Forward {
+  using Acc = typename AccOf<S>::Type;
+  using A = typename OperandOf<S>::Type;
+  using V = Pack<Acc>;
+  static constexpr int kWidth = V::kWidth, kBlocks = kUnitBlocks<C>, kVectors = kCellVectors<C>;
+  static constexpr int kColumns = kVectors * kWidth;
+  static constexpr int64_t kChunkBytes = 512 << 10;  // of projected inputs: half of a usual L2
+
+  const LayerArgs& a;
+  int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows;
+
+  // Shared by the threads of a direction.
+  struct Shared {
+    Panels<A> w_ih, w_hh, w_hr;
+    Acc *b_ih, *b_hh;
+    A* h[2];     // [B][ldh] state before and after a step, by turns
+    A* full;     // [B][ldu] the LSTM's output before projection
+    Acc* carry;  // [B][carry_ld]
+  };
+  // A thread's own.
+  struct Own {
+    A* x;     // [chunk_rows][ldx] inputs of a chunk, dense
+    Acc* gx;  // [chunk_rows][own panels][kColumns] projected inputs of a chunk
+  };
+
+  explicit Forward(const LayerArgs& args) : a(args) {
+    panels = ceil_div(a.hidden, kWidth * kBlocks);
+    wide = kWide * kWidth;
+    out_panels = projected() ? ceil_div(a.output, wide) : 0;
+    ldh = ceil_div(max64(a.output, projected() ? out_panels * wide : panels * kBlocks * kWidth), 16) * 16 + 16;
+    ldu = panels * kBlocks * kWidth + 16;
+    ldx = ceil_div(a.input, 16) * 16 + 16;
+    carry_ld = panels * kBlocks * kWidth;
+    int64_t most = 0;
+    for (int r = 0; r < a.plan.rows; ++r) most = max64(most, a.row_bounds[r + 1] - a.row_bounds[r]);
+    const int64_t row_bytes = ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(Acc));
+    chunk = min64(max64(kChunkBytes / max64(1, row_bytes * most), 1), a.steps);
+    chunk_rows = chunk * most;
+  }
+  bool projected() const { return a.weights[0].w_hr != nullptr; }
+
+  Shared shared(Arena& m) const {
+    Shared s;
+    s.w_ih = {nullptr, ceil_div(a.input, kPair<A>), kVectors};
+    s.w_hh = {nullptr, ceil_div(a.output, kPair<A>), kVectors};
+    s.w_hr = {nullptr, ceil_div(a.hidden, kPair<A>), kWide};
+    s.w_ih.data = m.take<A>(panels * s.w_ih.size());
+    s.w_hh.data = m.take<A>(panels * s.w_hh.size());
+    s.w_hr.data = m.take<A>(out_panels * s.w_hr.size());
+    s.b_ih = m.take<Acc>(panels * kColumns);
+    s.b_hh = m.take<Acc>(panels * kColumns);
+    for (A*& h : s.h) h = m.take<A>(a.batch * ldh);
+    s.full = m.take<A>(projected() ? a.batch * ldu : 0);
+    s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
+    return s;
+  }
+  Own own(Arena& m) const {
+    Own o;
+    o.x = m.take<A>(chunk_rows * ldx);
+    o.gx = m.take<Acc>(chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
+    return o;
+  }
+  static int64_t scratch(const LayerArgs& args) {
+    Forward f(args);
+    Arena m{nullptr};
+    for (int d = 0; d < args.plan.directions; ++d) f.shared(m);
+    for (int t = 0; t < args.plan.threads(); ++t) f.own(m);
+    return m.used;
+  }
+
+  static void run(const LayerArgs& args, int tid) {
+    Forward f(args);
+    Member me(args, tid);
+    Arena m{args.scratch};
+    Shared s;
+    Own o;
+    for (int d = 0; d < args.plan.directions; ++d) {
+      Shared other = f.shared(m);
+      if (d == me.direction) s = other;
+    }
+    for (int t = 0; t <= tid; ++t) o = f.own(m);
+    if (args.plan.directions == args.directions) {
+      f.direction(me, me.direction, s, o);
+    } else {
+      for (int d = 0; d < args.directions; ++d) {
+        f.direction(me, d, s, o);
+        me.meet_direction();  // before the next direction's weights overwrite these
+      }
+    }
+  }
+
+  void pack(const Member& me, int d, const Shared& s) const {
+    const Weights& w = a.weights[d];
+    Range p = part(panels, me.in_direction(), me.direction_size());
+    pack_gates<C>((const S*)w.w_ih, a.hidden, a.input, s.w_ih, p.begin, p.end);
+    pack_gates<C>((const S*)w.w_hh, a.hidden, a.output, s.w_hh, p.begin, p.end);
+    pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
+    pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
+    Range q = part(out_panels, me.in_direction(), me.direction_size());
+    for (int64_t i = q.begin; i < q.end; ++i)
+      for (int v = 0; v < kWide; ++v) {
+        const int64_t j = i * wide + v * kWidth;
+        pack_transposed((const S*)w.w_hr + j * a.hidden, a.hidden, max64(0, min64(kWidth, a.output - j)), a.hidden,
+                        s.w_hr.panel(i) + v * kWidth * kPair<A>, wide);
+      }
+  }
+
+  // Initial state of the rows [begin, end), into the buffer that their first step reads.
+  void enter(int d, const Shared& s, A* h, int64_t begin, int64_t end) const {
+    const S* h0 = (const S*)a.h0;
+    const S* from = C::kCarry == Carry::kHidden ? h0 : (const S*)a.c0;
+    const int64_t n = C::kCarry == Carry::kHidden ? a.output : a.hidden;
+    for (int64_t b = begin; b < end; ++b) {
+      copy_row(h0 ? h0 + (d * a.batch + b) * a.output : nullptr, h + b * ldh, h0 ? a.output : 0, ldh);
+      if (C::kCarry == Carry::kNone) continue;
+      for (int64_t j = 0; j < carry_ld; ++j)
+        s.carry[b * carry_ld + j] = from && j < n ? Acc(widen(from[(d * a.batch + b) * n + j])) : Acc(0);
+    }
+  }
+
+  void direction(const Member& me, int d, const Shared& s, const Own& o) const {
+    const Direction dir{a, d};
+    const Range p = part(panels, me.unit_part, a.plan.units), q = part(out_panels, me.unit_part, a.plan.units);
+    const int64_t b0 = me.row_begin(), b1 = me.row_end();
+    auto rows_of = [&](int64_t i) { return i < a.steps ? max64(b0, min64(b1, a.sizes[dir.time(i)])) : b1; };
+    pack(me, d, s);
+    int64_t entered = rows_of(0);
+    if (me.unit_part == 0) enter(d, s, s.h[0], b0, entered);
+    me.meet_direction();
+    for (int64_t i0 = 0; i0 < a.steps; i0 += chunk) {
+      const int64_t i1 = min64(i0 + chunk, a.steps);
+      project(dir, o, s, i0, i1, b0, b1, p);
+      int64_t row = 0;  // of the chunk's dense rows
+      for (int64_t i = i0; i < i1; ++i) {
+        const int64_t end = rows_of(i), n = end - b0;
+        step(dir, s, i, b0, end, p, o.gx + row * (p.end - p.begin) * kColumns);
+        if (projected()) {
+          me.meet_units();
+          output(dir, s, i, b0, end, q);
+        }
+        row += n;
+        const int64_t next = rows_of(i + 1);
+        if (next > entered && i + 1 < a.steps) {
+          if (me.unit_part == 0) enter(d, s, s.h[(i + 1) & 1], entered, next);
+          entered = next;
+        }
+        me.meet_units();
+      }
+    }
+    if (me.unit_part == 0) finish(dir, s, b0, b1);
+  }
+
+  // gx = W_ih x + b_ih for the rows of this thread in the steps [i0, i1), in the panels p.
+  void project(const Direction& dir, const Own& o, const Shared& s, int64_t i0, int64_t i1, int64_t b0, int64_t b1,
+               Range p) const {
+    int64_t rows = 0;
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t t = dir.time(i);
+      for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b, ++rows)
+        copy_row(at<const S>(a.x, a, t, b), o.x + rows * ldx, a.input, s.w_ih.pairs * kPair<A>);
+    }
+    const int64_t ld = (p.end - p.begin) * kColumns;
+    multiply<kVectors>(Left<A>{o.x, ldx, kPair<A>}, rows, s.w_ih, p.begin, p.end, s.b_ih,
+                       [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+                         for (int r = 0; r < n; ++r)
+                           for (int v = 0; v < kVectors; ++v)
+                             store(load(c + (r * kVectors + v) * kWidth),
+                                   o.gx + (r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
+                       });
+  }
+
+  // The i-th step of rows [b0, end): recurrent product and cell, in the panels p.
+  void step(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range p, const Acc* gx) const {
+    const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
+    A* next = projected() ? s.full : s.h[(i + 1) & 1];
+    const int64_t ldn = projected() ? ldu : ldh;
+    multiply<kVectors>(
+        Left<A>{s.h[i & 1] + b0 * ldh, ldh, kPair<A>}, end - b0, s.w_hh, p.begin, p.end, s.b_hh,
+        [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+          for (int r = 0; r < n; ++r) {
+            const int64_t b = b0 + r0 + r;
+            const Acc* gx_row = gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
+            for (int u = 0; u < kBlocks; ++u) {
+              const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
+              if (lanes <= 0) break;
+              V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry;
+              for (int g = 0; g < C::kGates; ++g) {
+                x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
+                h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);
+              }
+              if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+              C::forward(x, h, carry, out, saved);
+              if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
+              store(out, next + b * ldn + j);
+              if (!projected())
+                store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
+              if (a.reserve && C::kSaved) {
+                S* keep = dir.reserve<S, C::kSaved>(t, b) + j;
+                for (int q = 0; q < C::kSaved; ++q) store(saved[q], keep + q * a.hidden, lanes);
+              }
+            }
+          }
+        });
+  }
+
+  // h = W_hr full, in the output panels q.
+  void output(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range q) const {
+    const int64_t t = dir.time(i);
+    A* next = s.h[(i + 1) & 1];
+    multiply<kWide>(Left<A>{s.full + b0 * ldu, ldu, kPair<A>}, end - b0, s.w_hr, q.begin, q.end, (const Acc*)nullptr,
+                    [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+                      for (int r = 0; r < n; ++r)
+                        for (int v = 0; v < kWide; ++v) {
+                          const int64_t b = b0 + r0 + r, j = panel * wide + v * kWidth, lanes = a.output - j;
+                          if (lanes <= 0) break;
+                          V out = load(c + r * wide + v * kWidth);
+                          store(out, next + b * ldh + j);
+                          store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
+                        }
+                    });
+  }
+
+  // h_n from each row's last output, c_n from what it carried.
+  void finish(const Direction& dir, const Shared& s, int64_t b0, int64_t b1) const {
+    S* h_n = (S*)a.h_n + dir.d * a.batch * a.output;
+    S* c_n = (S*)a.c_n + dir.d * a.batch * a.hidden;
+    int64_t last = a.steps - 1;
+    for (int64_t b = b0; b < b1; ++b) {
+      while (a.sizes[last] <= b) --last;  // rows further down ended no later
+      const int64_t t = dir.d ? 0 : last;
+      memcpy(h_n + b * a.output, (const S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output,
+             a.output * sizeof(S));
+      if (C::kCarry != Carry::kCell) continue;
+      for (int64_t j = 0; j < a.hidden; ++j) narrow(s.carry[b * carry_ld + j], c_n[b * a.hidden + j]);
+    }
+  }
+};
+
+}}}  // namespace seqkern::SK_NS

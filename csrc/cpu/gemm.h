@@ -1,0 +1,172 @@
+// The micro-kernel and the packing it works on. Every matrix product of a layer, forward and backward, is
+//   C[rows, panel] = A[rows, K] B[K, panel]
+// with B packed in panels of kVectors SIMD vectors, [panel][K][kVectors][width], so that a tile of C stays in registers
+// over the whole of K. For bf16 dot products K goes in pairs: [panel][K/2][kVectors][width][2].
+#pragma once
+#include "pack.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+#if SK_VEC_BYTES == 64
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kWide = 4;  // vectors in a panel whose columns mean nothing to a cell
+
+// Operand type A of the products for storage type S: bf16 stays bf16 where the instruction set has a dot product.
+template <class S> struct OperandOf { using Type = typename AccOf<S>::Type; };
+#ifdef SK_BF16_DOT
+template <> struct OperandOf<Bf16> { using Type = Bf16; };
+#endif
+template <class A> constexpr int kPair = sizeof(A) == 2 ? 2 : 1;  // elements of K that one instruction takes
+
+// Most rows that a tile of `vectors` columns can have, by registers: accumulators, a row of B and one broadcast of A.
+constexpr int tile_rows(int vectors) {
+  int rows = (kRegisters - (kRegisters == 32 ? vectors + 1 : 1)) / vectors;
+  return rows > 8 ? 8 : rows;
+}
+
+SK_INL void multiply_add(Pack<float>& c, const float* a, const float* b) { c.v += *a * load(b).v; }
+SK_INL void multiply_add(Pack<double>& c, const double* a, const double* b) { c.v += *a * load(b).v; }
+#ifdef SK_BF16_DOT
+SK_INL void multiply_add(Pack<float>& c, const Bf16* a, const Bf16* b) {
+  int32_t pair;
+  memcpy(&pair, a, 4);
+  c.v = (Pack<float>::Vec)_mm512_dpbf16_ps((__m512)c.v, (__m512bh)_mm512_set1_epi32(pair),
+                                           (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// A[r, k] at rows + r * row + k * step (k in pairs where kPair is 2, the two elements adjacent).
+template <class A> struct Left { const A* rows; int64_t row, step; };
+
+template <class A> struct TileArgs {
+  Left<A> a;
+  const A* b;
+  int64_t k;  // in pairs where kPair is 2
+  const typename AccOf<A>::Type* init;  // [kVectors * width] added to every row, or null
+  typename AccOf<A>::Type* c;           // [rows][kVectors * width], dense
+};
+
+template <int kRows, int kVectors, class A> void tile(const TileArgs<A>& t) {
+  using Acc = typename AccOf<A>::Type;
+  using V = Pack<Acc>;
+  constexpr int kColumns = kVectors * V::kWidth;
+  // One row has too few independent sums to keep the multipliers busy: even and odd k are summed apart.
+  constexpr int kChains = kRows == 1 ? 2 : 1;
+  V c[kChains][kRows][kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    V first = t.init ? load(t.init + v * V::kWidth) : V(0);
+    for (int r = 0; r < kRows; ++r) {
+      c[0][r][v] = first;
+      if (kChains == 2) c[kChains - 1][r][v] = V(0);
+    }
+  }
+  const A* a = t.a.rows;
+  const A* b = t.b;
+  const int64_t row = t.a.row, step = t.a.step;
+  int64_t k = t.k;
+  if (kChains == 2) {
+    for (; k >= 2; k -= 2, a += 2 * step, b += 2 * kColumns * kPair<A>)
+      for (int half = 0; half < 2; ++half)
+        for (int v = 0; v < kVectors; ++v)
+          multiply_add(c[half][0][v], a + half * step, b + (half * kColumns + v * V::kWidth) * kPair<A>);
+  }
+  for (; k > 0; --k, a += step, b += kColumns * kPair<A>)
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) {
+      V sum = kChains == 2 ? c[0][r][v] + c[kChains - 1][r][v] : c[0][r][v];
+      store(sum, t.c + r * kColumns + v * V::kWidth);
+    }
+}
+
+template <int kVectors, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
+  constexpr int kMost = tile_rows(kVectors);
+  switch (rows) {
+    case 1: return tile<1, kVectors>(t);
+    case 2: return tile<2, kVectors>(t);
+    case 3: return tile<kMost >= 3 ? 3 : 1, kVectors>(t);
+    case 4: return tile<kMost >= 4 ? 4 : 1, kVectors>(t);
+    case 5: return tile<kMost >= 5 ? 5 : 1, kVectors>(t);
+    case 6: return tile<kMost >= 6 ? 6 : 1, kVectors>(t);
+    case 7: return tile<kMost >= 7 ? 7 : 1, kVectors>(t);
+    case 8: return tile<kMost >= 8 ? 8 : 1, kVectors>(t);
+  }
+}
+
+// Packed right-hand side: panels [first, last) of B, K padded to pairs, columns padded with zeros.
+template <class A> struct Panels {
+  A* data;
+  int64_t pairs;   // K / kPair, rounded up
+  int vectors;
+  int64_t size() const { return pairs * vectors * Pack<typename AccOf<A>::Type>::kWidth * kPair<A>; }
+  A* panel(int64_t p) const { return data + p * size(); }
+};
+
+// C = A B over `rows` rows and the panels [first, last); done(panel, row, rows, tile) is called for each tile, whose
+// values stand dense in L1. The rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
+template <int kVectors, class A, class Done>
+SK_INL void multiply(Left<A> a, int64_t rows, const Panels<A>& b, int64_t first, int64_t last,
+                     const typename AccOf<A>::Type* init, const Done& done) {
+  using Acc = typename AccOf<A>::Type;
+  constexpr int kColumns = kVectors * Pack<Acc>::kWidth;
+  constexpr int kMost = tile_rows(kVectors);
+  if (rows <= 0) return;
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  alignas(64) Acc c[kMost * kColumns];
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      TileArgs<A> t{{a.rows + r0 * a.row, a.row, a.step}, b.panel(p), b.pairs, init ? init + p * kColumns : nullptr, c};
+      tile_any<kVectors>(int(r1 - r0), t);
+      done(p, r0, int(r1 - r0), c);
+    }
+  }
+}
+
+// ---- packing -----------------------------------------------------------------------------------------------------
+
+SK_INL void convert(float x, float& y) { y = x; }
+SK_INL void convert(double x, double& y) { y = x; }
+SK_INL void convert(Bf16 x, Bf16& y) { y = x; }
+SK_INL void convert(Bf16 x, float& y) { y = float_of(x); }
+SK_INL void convert(F16 x, float& y) { y = float_of(x); }
+SK_INL void convert(float x, Bf16& y) { y = bf16_of(x); }
+
+// Copies n elements and zeroes up to `padded`.
+template <class S, class A> SK_INL void copy_row(const S* from, A* to, int64_t n, int64_t padded) {
+  for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
+  for (int64_t i = n; i < padded; ++i) to[i] = A{};
+}
+
+// One vector's worth of columns of panel `to` (already offset to that vector): column i is the row of `w` that starts
+// at w + i * ld, for i < n; K elements each. The matrix is transposed on the way, 16 by 16, so that reads stay in L1.
+template <class S, class A>
+SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to, int64_t columns) {
+  constexpr int kWidth = Pack<typename AccOf<A>::Type>::kWidth, kP = kPair<A>;
+  const int64_t padded = (k + kP - 1) / kP * kP;
+  for (int64_t k0 = 0; k0 < padded; k0 += 16) {
+    const int64_t k1 = k0 + 16 < padded ? k0 + 16 : padded;
+    for (int64_t kk = k0; kk < k1; kk += kP)
+      for (int64_t i = 0; i < kWidth; ++i)
+        for (int h = 0; h < kP; ++h) {
+          A& cell = to[(kk / kP) * columns * kP + i * kP + h];
+          if (i < n && kk + h < k) convert(w[i * ld + kk + h], cell); else cell = A{};
+        }
+  }
+}
+
+// Row k of a panel from `columns` consecutive elements (n of them there, the rest zero).
+template <class S, class A>
+SK_INL void pack_row(const S* from, int64_t n, int64_t k, A* panel, int64_t columns) {
+  constexpr int kP = kPair<A>;
+  A* to = panel + (k / kP) * columns * kP + k % kP;
+  if (n > columns) n = columns;
+  for (int64_t i = 0; i < n; ++i) convert(from[i], to[i * kP]);
+  for (int64_t i = n < 0 ? 0 : n; i < columns; ++i) to[i * kP] = A{};
+}
+
+}}}  // namespace seqkern::SK_NS

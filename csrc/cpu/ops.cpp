@@ -1,0 +1,184 @@
+// The operators on CPU tensors: check, allocate, share out the work, call the kernel table.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <thread>
+#include <tuple>
+
+#include "../core/check.h"
+#include "dispatch.h"
+#include "plan.h"
+
+namespace seqkern {
+namespace {
+using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
+Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_zeros(like, sizes); }
+Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+Optional dense(const Optional& t) { return t ? Optional(dense(*t)) : std::nullopt; }
+void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+void* data(const Optional& t) { return t ? data(*t) : nullptr; }
+
+// Calls work(tid) once for each of `count` threads, all at the same time, as threads that meet need it. False, with
+// nothing done, where the pool would have run several on one thread (inside another parallel region, after a fork).
+template <class Work> bool run_together(int count, const Work& work) {
+  if (count == 1) {
+    work(0);
+    return true;
+  }
+  std::atomic<int> arrived{0};
+  std::atomic<bool> one_each{true};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    if (end - begin != 1) one_each = false;
+    arrived += int(end - begin);
+    for (int spins = 0; arrived.load() < count; ++spins)
+      if (spins > 4000) std::this_thread::yield();
+    if (one_each) work(int(begin));
+  });
+  return one_each;
+}
+
+void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor& like) {
+  for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
+    a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions, threads);
+    std::vector<int64_t> bounds = cut_rows(p.sizes, p.batch, p.rows, a.plan.rows);
+    std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
+    a.row_bounds = bounds.data();
+    a.barriers = barriers.data();
+    Tensor scratch = torch::stable::new_empty(like, {kernel.scratch(a)}, ScalarType::Byte);
+    a.scratch = (char*)data(scratch);
+    if (run_together(a.plan.threads(), [&](int tid) { kernel.run(a, tid); })) return;
+  }
+}
+
+// A sequence's rows must be dense; any strides do between rows and steps.
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : dense(t); }
+Sequence sequence(const Tensor& t, bool packed) {
+  return {data(t), packed ? 0 : t.stride(0), t.stride(packed ? 0 : 1), packed};
+}
+
+Weights weights_at(const Problem& p, const Tensors& w, int64_t d) {
+  const Tensor* first = w.data() + d * p.per_direction;
+  return {data(first[0]), data(first[1]), p.biased ? data(first[2]) : nullptr, p.biased ? data(first[3]) : nullptr,
+          p.projected ? data(first[p.per_direction - 1]) : nullptr};
+}
+
+LayerArgs common_args(const Problem& p, const Tensor& x, const Optional& h0, const Optional& c0, const Tensors& w,
+                      const Tensor& y, const Optional& reserve) {
+  LayerArgs a{};
+  a.steps = p.steps; a.batch = p.batch; a.rows = p.rows; a.input = p.input; a.hidden = p.hidden; a.output = p.output;
+  a.directions = p.directions;
+  a.sizes = p.sizes.data();
+  a.starts = p.starts.data();
+  a.x = sequence(x, p.packed);
+  a.h0 = data(h0);
+  a.c0 = data(c0);
+  for (int64_t d = 0; d < p.directions; ++d) a.weights[d] = weights_at(p, w, d);
+  a.y = data(y);
+  a.reserve = data(reserve);
+  return a;
+}
+
+int64_t reserve_size(const Problem& p) { return p.directions * p.rows * p.cell.saved * p.hidden; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Optional h0, Optional c0, Tensors weights,
+                                                   Optional batch_sizes, std::string cell, bool bidirectional,
+                                                   bool save) {
+  const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
+  const bool lstm = p.cell.cell == Cell::kLstm;
+  Tensor y = empty(x, p.y_sizes()), h_n = empty(x, {p.directions, p.batch, p.output});
+  Tensor c_n = lstm ? empty(x, {p.directions, p.batch, p.hidden}) : empty(x, {0});
+  Tensor reserve = empty(x, {save ? reserve_size(p) : 0});
+  if (p.rows == 0) return {y, h_n, c_n, reserve};
+  x = with_dense_rows(x);
+  h0 = dense(h0);
+  c0 = dense(c0);
+  for (Tensor& w : weights) w = dense(w);
+  LayerArgs a = common_args(p, x, h0, c0, weights, y, save && p.cell.saved ? Optional(reserve) : std::nullopt);
+  a.h_n = data(h_n);
+  a.c_n = lstm ? data(c_n) : nullptr;
+  execute(a, cpu_kernels().forward[int(p.cell.cell)][int(kernel_dtype(cell, x.scalar_type()))], p, x);
+  return {y, h_n, c_n, reserve};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0,
+                                                     Optional c0, Tensors weights, Optional batch_sizes, Tensor y,
+                                                     Tensor reserve, std::string cell, bool bidirectional,
+                                                     bool need_dx, bool need_dw) {
+  const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
+  const bool lstm = p.cell.cell == Cell::kLstm;
+  const std::vector<int64_t> state{p.directions, p.batch, p.output}, cell_state{p.directions, p.batch, p.hidden};
+  Wanted want{cell, x.scalar_type()};
+  want.check(dy, "dy", p.packed ? "[N, D*P]" : "[T, B, D*P]", p.y_sizes());
+  want.check(y, "y", p.packed ? "[N, D*P]" : "[T, B, D*P]", p.y_sizes());
+  want.check(dh_n, "dh_n", "[D, B, P]", state);
+  if (lstm) want.check(dc_n, "dc_n", "[D, B, H]", cell_state);
+  if (p.cell.saved && reserve.numel() == 0)  // forward kept nothing: run it again
+    std::tie(y, std::ignore, std::ignore, reserve) = forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true);
+  want.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
+
+  std::vector<int64_t> x_sizes = sizes_of(x);
+  Tensor dx = empty(x, need_dx ? x_sizes : std::vector<int64_t>{0}), dh0 = empty(x, state);
+  Tensor dc0 = empty(x, lstm ? cell_state : std::vector<int64_t>{0});
+  Tensors dweights;
+  for (const Tensor& w : weights)
+    if (need_dw) dweights.push_back(p.rows ? empty(w, sizes_of(w)) : zeros(w, sizes_of(w)));
+  if (p.rows == 0) return {dx, dh0, dc0, dweights};
+  x = with_dense_rows(x);
+  h0 = dense(h0);
+  c0 = dense(c0);
+  y = dense(y);
+  dh_n = dense(dh_n);
+  dc_n = lstm ? dense(dc_n) : std::nullopt;
+  reserve = dense(reserve);
+  for (Tensor& w : weights) w = dense(w);
+  if (dy) dy = with_dense_rows(*dy);
+  LayerArgs a = common_args(p, x, h0, c0, weights, y, reserve);
+  if (dy) a.dy = sequence(*dy, p.packed);
+  a.dh_n = data(dh_n);
+  a.dc_n = data(dc_n);
+  a.dx = need_dx ? data(dx) : nullptr;
+  a.dh0 = data(dh0);
+  a.dc0 = lstm ? data(dc0) : nullptr;
+  for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
+  execute(a, cpu_kernels().backward[int(p.cell.cell)][int(kernel_dtype(cell, x.scalar_type()))], p, x);
+  return {dx, dh0, dc0, dweights};
+}
+
+std::string isa() { return cpu_kernels().isa; }
+std::string isas() { return cpu_isas(); }
+
+Tensor math(Tensor x, std::string name) {
+  STD_TORCH_CHECK(name == "exp" || name == "tanh" || name == "sigmoid", "name must be exp, tanh or sigmoid, got ", name);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "x must be float32 or float64, got ", dtype_name(x.scalar_type()));
+  x = dense(x);
+  Tensor y = empty(x, sizes_of(x));
+  const CpuKernels& k = cpu_kernels();
+  if (x.scalar_type() == ScalarType::Float) k.math_f32(name.c_str(), (float*)data(x), (float*)data(y), x.numel());
+  else k.math_f64(name.c_str(), (double*)data(x), (double*)data(y), x.numel());
+  return y;
+}
+
+std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, std::string cell,
+                          bool bidirectional) {
+  const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1,
+                           int(torch::stable::get_num_threads()));
+  return {p.directions, p.rows, p.units};
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
+  m.impl("rnn_layer", TORCH_BOX(&forward));
+  m.impl("rnn_layer_backward", TORCH_BOX(&backward));
+  m.impl("_cpu_math", TORCH_BOX(&math));
+}
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&isa));
+  m.impl("_cpu_isas", TORCH_BOX(&isas));
+  m.impl("_cpu_plan", TORCH_BOX(&plan));
+}
+}  // namespace seqkern

@@ -1,0 +1,46 @@
+// How a call is shared among threads: the only place that decides it.
+#pragma once
+#include <algorithm>
+#include <vector>
+#include "../core/args.h"
+
+namespace seqkern {
+
+// Multiply-adds below which a second thread costs more than it brings: for the whole call (waking a thread takes a few
+// microseconds), and for one thread's share of a step where the threads meet after every step (about 0.1 microseconds).
+constexpr int64_t kMinWork = 300'000, kMinStepWork = 16'000;
+// A part of the batch with fewer rows than this does not fill the micro-kernel.
+constexpr int64_t kMinRows = 4;
+
+inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, int64_t gates,
+                      int64_t directions, int threads) {
+  Plan plan{1, 1, 1};
+  const int64_t step = gates * hidden * output * batch;
+  const int64_t work = steps * directions * (step + gates * hidden * input * batch);
+  threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, work / (kMinWork / 2))));
+  if (threads < 2) return plan;
+  if (directions == 2) {
+    plan.directions = 2;
+    threads /= 2;
+  }
+  plan.rows = int(std::max<int64_t>(1, std::min<int64_t>(threads, batch / kMinRows)));
+  const int64_t shares = std::min<int64_t>(step / plan.rows / kMinStepWork, hidden / 64);
+  plan.units = int(std::max<int64_t>(1, std::min<int64_t>(threads / plan.rows, shares)));
+  return plan;
+}
+
+// Cuts the batch so that each part has about as many rows over all steps; longer sequences come first.
+inline std::vector<int64_t> cut_rows(const std::vector<int64_t>& sizes, int64_t batch, int64_t rows, int parts) {
+  std::vector<int64_t> bounds{0};
+  int64_t sum = 0, t = int64_t(sizes.size()) - 1;
+  for (int64_t b = 0; b < batch && int(bounds.size()) < parts; ++b) {
+    while (t > 0 && sizes[t] <= b) --t;  // sequence b has t + 1 steps
+    sum += t + 1;
+    if (sum * parts >= rows * int64_t(bounds.size())) bounds.push_back(b + 1);
+  }
+  bounds.resize(parts + 1, batch);
+  bounds[parts] = batch;
+  return bounds;
+}
+
+}  // namespace seqkern

@@ -1,0 +1,124 @@
+// What forward and backward share: which part of a call is this thread's, where the rows of a step lie, how threads
+// meet, and how scratch memory is handed out.
+#pragma once
+#include <sched.h>
+#include "../core/args.h"
+#include "gemm.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+SK_INL int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SK_INL int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+SK_INL int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Waits for all `count` threads. Spinning is bounded: with another busy process on the machine a thread that is waited
+// for may not be running at all, and then the rest of the time slice is better given away.
+inline void meet(Barrier& b, int count) {
+  if (count == 1) return;
+  const int phase = __atomic_load_n(&b.phase, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&b.arrived, 1, __ATOMIC_ACQ_REL) == count) {
+    __atomic_store_n(&b.arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&b.phase, phase + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int spins = 0; __atomic_load_n(&b.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
+    if (spins < 4000) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+// Part i of n of [0, size).
+struct Range { int64_t begin, end; };
+SK_INL Range part(int64_t size, int i, int n) { return {size * i / n, size * (i + 1) / n}; }
+
+// Hands out consecutive pieces of scratch memory; with a null base it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T> T* take(int64_t n) {
+    T* p = (T*)(base + used);
+    used += ceil_div(n * int64_t(sizeof(T)), 64) * 64;
+    return p;
+  }
+};
+
+// This thread's place in the plan.
+struct Member {
+  const LayerArgs& a;
+  int direction, row_part, unit_part;
+  Member(const LayerArgs& args, int tid) : a(args) {
+    unit_part = tid % a.plan.units;
+    row_part = tid / a.plan.units % a.plan.rows;
+    direction = tid / (a.plan.units * a.plan.rows);
+  }
+  int64_t row_begin() const { return a.row_bounds[row_part]; }
+  int64_t row_end() const { return a.row_bounds[row_part + 1]; }
+  int in_direction() const { return row_part * a.plan.units + unit_part; }  // of direction_size()
+  int direction_size() const { return a.plan.rows * a.plan.units; }
+  void meet_all() const { meet(a.barriers[0], a.plan.threads()); }
+  void meet_direction() const { meet(a.barriers[1 + direction * (1 + a.plan.rows)], direction_size()); }
+  void meet_units() const { meet(a.barriers[2 + direction * (1 + a.plan.rows) + row_part], a.plan.units); }
+};
+
+// One direction seen as a sequence of steps. Rows of a step are those of the batch that have not ended: [0, size).
+struct Direction {
+  const LayerArgs& a;
+  int d;
+  int64_t time(int64_t i) const { return d ? a.steps - 1 - i : i; }  // of the i-th step that forward takes
+  // The time of the step before (in this direction), whose output row b feeds step t; -1 where h0 does.
+  int64_t before(int64_t t, int64_t b) const {
+    const int64_t p = d ? t + 1 : t - 1;
+    return p >= 0 && p < a.steps && b < a.sizes[p] ? p : -1;
+  }
+  // h_{t-1} of row b: a row of y, of h0, or null for zeros.
+  template <class S> const S* previous_output(int64_t t, int64_t b) const {
+    const int64_t p = before(t, b);
+    if (p >= 0) return (const S*)a.y + (a.starts[p] + b) * a.directions * a.output + d * a.output;
+    return a.h0 ? (const S*)a.h0 + (d * a.batch + b) * a.output : nullptr;
+  }
+  template <class S, int kSaved> S* reserve(int64_t t, int64_t b) const {
+    return (S*)a.reserve + (d * a.rows + a.starts[t] + b) * kSaved * a.hidden;
+  }
+};
+
+template <class S> SK_INL S* at(const Sequence& s, const LayerArgs& a, int64_t t, int64_t b) {
+  return (S*)s.data + (s.packed ? a.starts[t] * s.row : t * s.step) + b * s.row;
+}
+
+// Vectors per panel of a cell's recurrent product. A panel holds whole units, all gates of a unit side by side, so that
+// a finished tile is all that the cell needs.
+template <class C> constexpr int kUnitBlocks = C::kGates == 1 ? kWide : 1;
+template <class C> constexpr int kCellVectors = C::kGates * kUnitBlocks<C>;
+
+// Weights [G*H, k] of the forward products, in a cell's panels [first, last).
+template <class C, class A, class S>
+void pack_gates(const S* w, int64_t hidden, int64_t k, const Panels<A>& to, int64_t first, int64_t last) {
+  constexpr int kWidth = Pack<typename AccOf<A>::Type>::kWidth;
+  for (int64_t p = first; p < last; ++p)
+    for (int u = 0; u < kUnitBlocks<C>; ++u)
+      for (int g = 0; g < C::kGates; ++g) {
+        const int64_t j = (p * kUnitBlocks<C> + u) * kWidth;
+        pack_transposed(w + (g * hidden + j) * k, k, max64(0, min64(kWidth, hidden - j)), k,
+                        to.panel(p) + (u * C::kGates + g) * kWidth * kPair<A>, kCellVectors<C> * kWidth);
+      }
+}
+// Bias [G*H] in the same order; null gives zeros.
+template <class C, class S, class Acc>
+void pack_bias(const S* bias, int64_t hidden, Acc* to, int64_t first, int64_t last) {
+  constexpr int kWidth = Pack<Acc>::kWidth, kBlocks = kUnitBlocks<C>;
+  for (int64_t p = first; p < last; ++p)
+    for (int u = 0; u < kBlocks; ++u)
+      for (int g = 0; g < C::kGates; ++g)
+        for (int i = 0; i < kWidth; ++i) {
+          const int64_t j = (p * kBlocks + u) * kWidth + i;
+          to[(p * kCellVectors<C> + u * C::kGates + g) * kWidth + i] =
+              bias && j < hidden ? Acc(widen(bias[g * hidden + j])) : Acc(0);
+        }
+}
+
+}}}  // namespace seqkern::SK_NS

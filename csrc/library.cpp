@@ -1,0 +1,30 @@
+// The table of contents of the C++ side: the module and every operator's schema.
+// Python adds fake kernels, autograd and autocast in seqkern/ops.py, in this order.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&def);
+}
+
+STABLE_TORCH_LIBRARY(seqkern, m) {
+  // One layer, one or two directions. Shapes: seqkern/reference.py, `layer`. `save`: keep what backward needs.
+  m.def("rnn_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, str cell,"
+        " bool bidirectional, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+  m.def("rnn_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
+        " Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor reserve, str cell, bool bidirectional,"
+        " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build
+  m.def("_cpu_isa() -> str");                          // the instruction set in use
+  m.def("_cpu_isas() -> str");                         // those that this CPU can run
+  m.def("_cpu_math(Tensor x, str name) -> Tensor");    // exp, tanh or sigmoid as the kernels compute it
+  m.def("_cpu_plan(int steps, int batch, int input, int hidden, int output, str cell, bool bidirectional) -> int[]");
+}
+
+namespace {
+std::string build_info() { return SK_BUILD_INFO; }
+}  // namespace
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }

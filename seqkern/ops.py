@@ -1,0 +1,185 @@
+"""The Python half of the operators: fake kernels, autograd and autocast, in the order of csrc/library.cpp.
+
+`rnn_layer` and `rnn_layer_backward` are the operators themselves; their schemas stand in csrc/library.cpp, the meaning
+of their arguments in `seqkern.reference.layer`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C, reference  # noqa: F401  (loading _C registers the operators)
+from .reference import CELLS
+
+rnn_layer = torch.ops.seqkern.rnn_layer.default
+rnn_layer_backward = torch.ops.seqkern.rnn_layer_backward.default
+
+
+class _Sizes:
+    """The sizes that follow from an operator's inputs; symbolic where they are."""
+
+    def __init__(self, x, weights, batch_sizes, cell, bidirectional):
+        torch._check(cell in CELLS, lambda: f"cell must be one of {', '.join(CELLS)}, got {cell}")
+        self.directions = 2 if bidirectional else 1
+        self.hidden = weights[0].size(0) // CELLS[cell].gates
+        self.output = weights[1].size(1)
+        # In the packed case the batch is batch_sizes[0], a value that a fake kernel cannot read: h0 or a fresh
+        # symbol stands for it.
+        self.packed = batch_sizes is not None
+        self.rows = x.size(0) if self.packed else x.size(0) * x.size(1)
+        self.leading = (x.size(0),) if self.packed else (x.size(0), x.size(1))
+
+
+@torch.library.register_fake("seqkern::rnn_layer")
+def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save):
+    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
+    if not s.packed:
+        batch = x.size(1)
+    elif h0 is not None:
+        batch = h0.size(1)
+    elif c0 is not None:
+        batch = c0.size(1)
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size(min=1)
+    lstm = cell == "lstm"
+    return (
+        x.new_empty(*s.leading, s.directions * s.output),
+        x.new_empty(s.directions, batch, s.output),
+        x.new_empty(s.directions, batch, s.hidden) if lstm else x.new_empty(0),
+        x.new_empty(s.directions * s.rows * CELLS[cell].saved * s.hidden if save else 0),
+    )
+
+
+def _rnn_layer_setup(ctx, inputs, output):
+    x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _ = inputs
+    y, h_n, _, reserve = output
+    ctx.batch = h_n.size(1)
+    ctx.count = len(weights)
+    ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [output[2]]))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, c0, batch_sizes, y, reserve, *weights)
+
+
+def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
+    x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
+    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
+    if dy is None and dh_n is None and dc_n is None:
+        return None, None, None, [None] * ctx.count, None, None, None, None
+    dx, dh0, dc0, dweights = rnn_layer_backward(
+        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, ctx.cell, ctx.bidirectional, need_x, any(need_weights)
+    )
+    if not dweights:
+        dweights = [None] * ctx.count
+    return (
+        dx if need_x else None,
+        dh0 if need_h0 else None,
+        dc0 if need_c0 else None,
+        [g if n else None for g, n in zip(dweights, need_weights, strict=True)],
+        *[None] * 4,
+    )
+
+
+torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup_context=_rnn_layer_setup)
+
+
+@torch.library.register_fake("seqkern::rnn_layer_backward")
+def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx, need_dw):
+    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
+    known = next((t for t in (h0, c0, dh_n, dc_n) if t is not None), None)
+    if not s.packed:
+        batch = x.size(1)
+    elif known is not None:
+        batch = known.size(1)
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size(min=1)
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(s.directions, batch, s.output),
+        x.new_empty(s.directions, batch, s.hidden) if cell == "lstm" else x.new_empty(0),
+        [w.new_empty(w.shape) for w in weights] if need_dw else [],
+    )
+
+
+def _double_setup(ctx, inputs, output):
+    dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, _, _, ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs
+    ctx.set_materialize_grads(False)
+    ctx.count = len(weights)
+    ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
+
+
+def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
+    """Differentiates the reference's backward, to any order.
+
+    The reserve and y are functions of the other inputs and get no gradient of their own. Fresh aliases of the saved
+    tensors make these partial derivatives: with the tensors themselves, paths through dy's own history back to the
+    inputs would be counted too; with detached ones, third order would be lost.
+    """
+    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    create_graph = torch.is_grad_enabled()
+
+    def alias(t):
+        if t is None:
+            return None
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+    with torch.enable_grad():
+        cotangents = [alias(t) for t in (dy, dh_n, dc_n)]
+        x, h0, c0 = alias(x), alias(h0), alias(c0)
+        weights = [alias(w) for w in weights]
+        outputs = reference.layer(x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
+        pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
+        inputs = [t for t in (x, h0, c0, *weights) if t is not None]
+        first = torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True,
+            materialize_grads=True,
+        )
+        # Match the operator's outputs (dx, dh0, dc0, dweights) with what came back for each.
+        flat = iter(first)
+        by_output = [next(flat) if t is not None else None for t in (x, h0, c0)] + list(flat)
+        d_x, d_h0, d_c0, d_weights = second
+        incoming = [d_x if ctx.need_dx else None, d_h0, d_c0] + list(d_weights if ctx.need_dw else [None] * ctx.count)
+        pairs = [(f, s) for f, s in zip(by_output, incoming, strict=True) if f is not None and s is not None]
+        wanted = [*cotangents, x, h0, c0, *weights]
+        leaves = [t for t in wanted if t is not None]
+        if pairs:
+            grads = iter(
+                torch.autograd.grad(
+                    [f for f, _ in pairs], leaves, [s for _, s in pairs], create_graph=create_graph, allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+        else:
+            grads = iter([None] * len(leaves))
+    grads = [next(grads) if t is not None else None for t in wanted]
+    flags = [*needed[:6], *needed[6]]
+    grads = [g if n else None for g, n in zip(grads, flags, strict=True)]
+    return (*grads[:6], grads[6:], *[None] * 7)
+
+
+torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward, setup_context=_double_setup)
+
+
+_library = torch.library.Library("seqkern", "FRAGMENT")
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Under autocast every floating-point tensor but float64 ones goes to autocast's dtype, as torch's layers do."""
+    off = torch._C._ExcludeDispatchKeyGuard
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def cast(value, dtype):
+        if isinstance(value, Tensor):
+            low = value.is_floating_point() and value.dtype != torch.float64 and value.device.type == device_type
+            return value.to(dtype) if low else value
+        return [cast(v, dtype) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def rnn_layer_autocast(_, *args):
+        dtype = torch.get_autocast_dtype(device_type)
+        with off(keys):
+            return rnn_layer(*[cast(a, dtype) for a in args])
+
+    _library.impl("rnn_layer", rnn_layer_autocast, dispatch_key, with_keyset=True)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

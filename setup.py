@@ -1,0 +1,116 @@
+"""Builds seqkern._C: one extension on LibTorch's stable ABI, with the CPU kernels compiled once per instruction set.
+
+Environment: SEQKERN_CUDA = 0 | 1 | auto (default): CUDA sources join where a toolkit and a CUDA build of torch are.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+VERSION = "0.1.0"
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
+# 2.11 is the oldest torch that the wheel runs on, whatever it is built with.
+STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + (["-DPy_LIMITED_API=0x030A0000"] if ABI3 else [])
+CXX = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+KERNELS = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
+ISA = {"generic": ["-DSK_VEC_BYTES=16"]}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = avx2 + ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
+    ISA["avx2"] = avx2 + ["-DSK_VEC_BYTES=32"]
+    ISA["avx512"] = avx512 + ["-DSK_VEC_BYTES=64"]
+    ISA["avx512_bf16"] = avx512 + ["-mavx512bf16", "-DSK_BF16_DOT", "-DSK_VEC_BYTES=64"]
+    STABLE.append("-DSK_X86")
+
+
+def sources(pattern):
+    return sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, pattern), recursive=True))
+
+
+def csrc_hash():
+    """What identifies the kernels in benchmark results: a hash over the names and contents of csrc/."""
+    digest = hashlib.sha256()
+    for path in sources("csrc/**/*.*"):
+        digest.update(path.encode())
+        with open(os.path.join(ROOT, path), "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def build_info(cuda):
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the GPUs present"
+    return {"version": VERSION, "csrc": csrc_hash(), "torch": torch.__version__, "cuda_archs": archs if cuda else ""}
+
+
+def with_cuda():
+    wanted = os.environ.get("SEQKERN_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"seqkern: SEQKERN_CUDA must be 0, 1 or auto, got {wanted!r}")
+    there = torch.version.cuda is not None and CUDA_HOME is not None and bool(sources("csrc/cuda/*.cu"))
+    if wanted == "1" and not there:
+        sys.exit(
+            "seqkern: SEQKERN_CUDA=1 needs a CUDA build of torch, a CUDA toolkit (CUDA_HOME) and CUDA sources; found "
+            f"torch {torch.__version__}, CUDA_HOME={CUDA_HOME}, {len(sources('csrc/cuda/*.cu'))} CUDA sources"
+        )
+    return there and wanted != "0"
+
+
+def check_compiler():
+    compiler = (os.environ.get("CXX") or "c++").split()[-1]
+    if shutil.which(compiler) is None:
+        sys.exit(f"seqkern: building needs a C++20 compiler, and {compiler!r} was not found; install g++ or set CXX")
+    probe = "int main() { return 0; }"
+    run = subprocess.run([compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"], input=probe, text=True,
+                         capture_output=True, check=False)
+    if run.returncode:
+        sys.exit(f"seqkern: building needs a C++20 compiler, and {compiler!r} is not one: {run.stderr.strip()}")
+
+
+class Build(BuildExtension):
+    """Compiles the CPU kernels once per ISA, each into objects of its own, and links them into the extension."""
+
+    def build_extension(self, ext):
+        check_compiler()
+
+        def compile_for(isa):
+            return self.compiler.compile(
+                [os.path.join(ROOT, "csrc/cpu/kernels.cpp")],
+                output_dir=os.path.join(os.path.abspath(self.build_temp), isa),
+                extra_postargs={"cxx": CXX + KERNELS + ISA[isa] + [f"-DSK_NS={isa}"]},
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each is one long compilation
+            for objects in pool.map(compile_for, ISA):
+                ext.extra_objects += objects
+        super().build_extension(ext)
+
+
+cuda = with_cuda()
+extension = (CUDAExtension if cuda else CppExtension)(
+    "seqkern._C",
+    ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/ops.cpp"] + (sources("csrc/cuda/*.c*") if cuda else []),
+    define_macros=[("SK_BUILD_INFO", json.dumps(json.dumps(build_info(cuda))))],
+    extra_compile_args={"cxx": CXX + STABLE, "nvcc": ["-O3", "-std=c++20"]},
+    depends=sources("csrc/**/*.*"),
+    py_limited_api=ABI3,
+)
+
+setup(
+    version=VERSION,
+    cmdclass={"build_ext": Build},
+    ext_modules=[extension],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
+)
