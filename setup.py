@@ -23,7 +23,7 @@ VERSION = "0.1.0"
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # 2.11 is the oldest torch that the wheel runs on, whatever it is built with.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + (["-DPy_LIMITED_API=0x030A0000"] if ABI3 else [])
-CXX = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+CXX = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 KERNELS = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
 ISA = {"generic": ["-DSK_VEC_BYTES=16"]}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -87,7 +87,7 @@ class Build(BuildExtension):
         def compile_for(isa):
             return self.compiler.compile(
                 [os.path.join(ROOT, "csrc/cpu/kernels.cpp")],
-                output_dir=os.path.join(os.path.abspath(self.build_temp), isa),
+                output_dir=os.path.join(ROOT, "build", "isa", isa),  # a fixed place: tests look at the symbols
                 extra_postargs={"cxx": CXX + KERNELS + ISA[isa] + [f"-DSK_NS={isa}"]},
                 depends=ext.depends,
             )

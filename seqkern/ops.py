@@ -19,6 +19,8 @@ class _Sizes:
 
     def __init__(self, x, weights, batch_sizes, cell, bidirectional):
         torch._check(cell in CELLS, lambda: f"cell must be one of {', '.join(CELLS)}, got {cell}")
+        for w in weights:
+            torch._check(w.device == x.device, lambda: f"{cell}: weights must be on {x.device} as x is, got {w.device}")  # noqa: B023
         self.directions = 2 if bidirectional else 1
         self.hidden = weights[0].size(0) // CELLS[cell].gates
         self.output = weights[1].size(1)

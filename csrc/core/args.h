@@ -80,6 +80,8 @@ struct CpuKernels {
   Kernel backward[kCells][kDtypes];
   void (*math_f32)(const char* name, const float* x, float* y, int64_t n);
   void (*math_f64)(const char* name, const double* x, double* y, int64_t n);
+  // Multiply-adds on registers alone, `n` rounds; returns the floating-point operations done. Times the peak.
+  int64_t (*burst[kDtypes])(int64_t n);
 };
 
 }  // namespace seqkern

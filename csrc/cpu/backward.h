@@ -16,7 +16,9 @@ template <class C, class S> struct Backward {
   using V = Pack<Acc>;
   static constexpr int kWidth = V::kWidth, kColumns = kWide * kWidth, kTile = tile_rows(kWide);
   static constexpr int kSkip = C::kGrads - C::kGates;  // where the columns of the hidden side begin
-  static constexpr int64_t kChunkRows = 256;
+  static constexpr int kLeft = 8;  // tile rows, padded to what one load takes
+  static constexpr int64_t kChunkRows = 256, kPanelBlock = 512 << 10;
+  static_assert(kTile <= kLeft);
 
   const LayerArgs& a;
   int64_t units, outs, ins, ldg, ldp, carry_ld, chunk, chunk_rows, chunk_pairs, gate_k;
@@ -29,7 +31,7 @@ template <class C, class S> struct Backward {
     Acc* carry;                  // [B][carry_ld]
     Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   };
-  struct Own { A* left; };  // [chunk_pairs][kTile][kPair] one tile's columns of the gate gradients
+  struct Own { A* left; };  // [chunk_pairs][kLeft][kPair] one tile's columns of the gate gradients
 
   explicit Backward(const LayerArgs& args) : a(args) {
     units = ceil_div(a.hidden, kColumns);
@@ -74,7 +76,7 @@ template <class C, class S> struct Backward {
     s.dw_hr = m.take<Acc>(n && projected() ? a.output * a.hidden : 0);
     return s;
   }
-  Own own(Arena& m) const { return {m.take<A>(chunk_pairs * kTile * kPair<A>)}; }
+  Own own(Arena& m) const { return {m.take<A>(chunk_pairs * kLeft * kPair<A>)}; }
   // The second direction's dx, where both directions run at once.
   S* second_dx(Arena& m) const { return m.take<S>(a.dx && a.plan.directions == 2 ? a.rows * a.input : 0); }
 
@@ -357,15 +359,29 @@ template <class C, class S> struct Backward {
                     });
   }
 
-  // to [rows][n] (+)= left^T B, `left` being a tile's columns; the first chunk sets, the others add.
-  void sum_tile(const Own& o, int rows, const Panels<A>& b, int64_t pairs, int64_t n, Acc* to, bool first_chunk) const {
+  // Columns [m, m + rows) of `from`, transposed for the left-hand side of a sum.
+  void take_columns(A* left, const A* from, int64_t ld, int64_t m, int rows, int64_t n) const {
+    constexpr int kP = kPair<A>;
+    if (kP == 1) {
+      for (int64_t k = 0; k < n; ++k)  // the lanes past `rows` are not read
+        for (int r = 0; r < kLeft; ++r) left[k * kLeft + r] = from[k * ld + m + r];
+      return;
+    }
+    for (int64_t k = 0; k < ceil_div(n, kP); ++k)
+      for (int r = 0; r < rows; ++r)
+        for (int h = 0; h < kP; ++h)
+          left[(k * kLeft + r) * kP + h] = k * kP + h < n ? from[(k * kP + h) * ld + m + r] : A{};
+  }
+  // to [rows][n] (+)= left^T B for the panels p; the first chunk sets, the others add.
+  void sum_tile(const A* left, int rows, const Panels<A>& b, Range p, int64_t pairs, int64_t n, Acc* to,
+                bool first_chunk) const {
     alignas(64) Acc c[kTile * kColumns];
-    for (int64_t p = 0; p < ceil_div(n, kColumns); ++p) {
-      TileArgs<A> t{{o.left, kPair<A>, int64_t(rows) * kPair<A>}, b.panel(p), pairs, nullptr, c};
+    for (int64_t q = p.begin; q < p.end; ++q) {
+      TileArgs<A> t{{left, kPair<A>, kLeft * kPair<A>}, b.panel(q), pairs, nullptr, c};
       tile_any<kWide>(rows, t);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v) {
-          const int64_t j = p * kColumns + v * kWidth, lanes = n - j;
+          const int64_t j = q * kColumns + v * kWidth, lanes = n - j;
           if (lanes <= 0) break;
           V sum = load(c + r * kColumns + v * kWidth);
           if (!first_chunk) sum = sum + load(to + r * n + j, lanes);
@@ -373,53 +389,53 @@ template <class C, class S> struct Backward {
         }
     }
   }
-  // Columns [m, m + rows) of `from` (leading dimension ld), transposed for the left-hand side of a sum.
-  void take_columns(const Own& o, const A* from, int64_t ld, int64_t m, int rows, int64_t n, int64_t pairs) const {
-    constexpr int kP = kPair<A>;
-    for (int64_t k = 0; k < pairs; ++k)
-      for (int r = 0; r < rows; ++r)
-        for (int h = 0; h < kP; ++h)
-          o.left[(k * rows + r) * kP + h] = k * kP + h < n ? from[(k * kP + h) * ld + m + r] : A{};
+  // dW and db of one matrix: rows [m of `to`] from the columns of gate gradients that stand for them. The panels of the
+  // right-hand side go in blocks that stay in L2 while all tiles pass over them.
+  struct Sum {
+    const A* from;       // [rows of the chunk][ld]
+    int64_t ld;
+    const Panels<A>& b;
+    int64_t n;           // columns of `to`
+    Acc *to, *bias;      // bias: null where there is none
+  };
+  template <class Row>
+  void sum(const Own& o, const Chunk& c, const Sum& s, Range tiles, int64_t per_gate, const Row& row) const {
+    const int64_t pairs = ceil_div(c.rows, kPair<A>), panels = ceil_div(s.n, kColumns);
+    const int64_t panel_bytes = pairs * kColumns * kPair<A> * int64_t(sizeof(A));
+    const int64_t blocks = ceil_div(panels * panel_bytes, kPanelBlock);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range p = part(panels, int(block), int(blocks));
+      for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+        const int64_t gate = i / ceil_div(per_gate, kTile), j = i % ceil_div(per_gate, kTile) * kTile;
+        const int rows = int(min64(kTile, per_gate - j));
+        const int64_t m = row(gate) * per_gate + j;
+        take_columns(o.left, s.from, s.ld, gate * per_gate + j, rows, c.rows);
+        sum_tile(o.left, rows, s.b, p, pairs, s.n, s.to + m * s.n, c.first == 0);
+        if (s.bias && block == 0) sum_bias(o.left, rows, pairs, s.bias + m, c.first == 0);
+      }
+    }
   }
   void sum_weights(const Member& me, const Shared& s, const Own& o, const Chunk& c, int d) const {
     const Weights& w = a.dweights[d];
-    Acc* dw_ih = kDirectSums ? (Acc*)w.w_ih : s.dw_ih;
-    Acc* dw_hh = kDirectSums ? (Acc*)w.w_hh : s.dw_hh;
-    Acc* db_ih = kDirectSums ? (Acc*)w.b_ih : s.db_ih;
-    Acc* db_hh = kDirectSums ? (Acc*)w.b_hh : s.db_hh;
-    const bool first = c.first == 0, biased = w.b_ih != nullptr;
-    const int64_t pairs = ceil_div(c.rows, kPair<A>), tiles = ceil_div(a.hidden, kTile);
-    const Range mine = part(C::kGrads * tiles, me.in_direction(), me.direction_size());
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int column = int(i / tiles);  // of the cell's gate gradients
-      const int64_t j = i % tiles * kTile;
-      const int rows = int(min64(kTile, a.hidden - j));
-      take_columns(o, s.grads[c.buffer], ldg, column * a.hidden + j, rows, c.rows, pairs);
-      if (column < C::kGates) {
-        const int64_t m = C::kOrder[column] * a.hidden + j;
-        sum_tile(o, rows, s.x[c.buffer], pairs, a.input, dw_ih + m * a.input, first);
-        if (biased) sum_bias(o, rows, pairs, db_ih + m, first);
-      }
-      if (column >= kSkip) {
-        const int64_t m = C::kOrderH[column - kSkip] * a.hidden + j;
-        sum_tile(o, rows, s.h[c.buffer], pairs, a.output, dw_hh + m * a.output, first);
-        if (biased) sum_bias(o, rows, pairs, db_hh + m, first);
-      }
-    }
-    if (!projected()) return;
-    Acc* dw_hr = kDirectSums ? (Acc*)w.w_hr : s.dw_hr;
-    const Range out = part(ceil_div(a.output, kTile), me.in_direction(), me.direction_size());
-    for (int64_t i = out.begin; i < out.end; ++i) {
-      const int rows = int(min64(kTile, a.output - i * kTile));
-      take_columns(o, s.dp[c.buffer], ldp, i * kTile, rows, c.rows, pairs);
-      sum_tile(o, rows, s.u[c.buffer], pairs, a.hidden, dw_hr + i * kTile * a.hidden, first);
-    }
+    auto pick = [](void* direct, Acc* wide) { return kDirectSums ? (Acc*)direct : wide; };
+    const int i = me.in_direction(), n = me.direction_size();
+    const Range mine = part(C::kGates * ceil_div(a.hidden, kTile), i, n);
+    const A* grads = s.grads[c.buffer];
+    Acc* db_ih = w.b_ih ? pick(w.b_ih, s.db_ih) : nullptr;
+    Acc* db_hh = w.b_hh ? pick(w.b_hh, s.db_hh) : nullptr;
+    sum(o, c, Sum{grads, ldg, s.x[c.buffer], a.input, pick(w.w_ih, s.dw_ih), db_ih}, mine, a.hidden,
+        [](int64_t gate) { return C::kOrder[gate]; });
+    sum(o, c, Sum{grads + kSkip * a.hidden, ldg, s.h[c.buffer], a.output, pick(w.w_hh, s.dw_hh), db_hh}, mine, a.hidden,
+        [](int64_t gate) { return C::kOrderH[gate]; });
+    if (projected())
+      sum(o, c, Sum{s.dp[c.buffer], ldp, s.u[c.buffer], a.hidden, pick(w.w_hr, s.dw_hr), nullptr},
+          part(ceil_div(a.output, kTile), i, n), a.output, [](int64_t) { return 0; });
   }
-  void sum_bias(const Own& o, int rows, int64_t pairs, Acc* to, bool first) const {
+  void sum_bias(const A* left, int rows, int64_t pairs, Acc* to, bool first) const {
     for (int r = 0; r < rows; ++r) {
       Acc sum = 0;
       for (int64_t k = 0; k < pairs; ++k)
-        for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * rows + r) * kPair<A> + h]);
+        for (int h = 0; h < kPair<A>; ++h) sum += widen(left[(k * kLeft + r) * kPair<A> + h]);
       to[r] = first ? sum : to[r] + sum;
     }
   }

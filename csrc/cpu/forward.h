@@ -13,7 +13,9 @@ template <class C, class S> struct Forward {
   using V = Pack<Acc>;
   static constexpr int kWidth = V::kWidth, kBlocks = kUnitBlocks<C>, kVectors = kCellVectors<C>;
   static constexpr int kColumns = kVectors * kWidth;
-  static constexpr int64_t kChunkBytes = 512 << 10;  // of projected inputs: half of a usual L2
+  // Projected inputs of a chunk, a thread: within a usual L2, or more where W_ih itself is far larger, so that it is
+  // read from the outer cache for many rows at a time.
+  static constexpr int64_t kLeastChunk = 512 << 10, kMostChunk = 4 << 20;
 
   const LayerArgs& a;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows;
@@ -43,7 +45,9 @@ template <class C, class S> struct Forward {
     int64_t most = 0;
     for (int r = 0; r < a.plan.rows; ++r) most = max64(most, a.row_bounds[r + 1] - a.row_bounds[r]);
     const int64_t row_bytes = ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(Acc));
-    chunk = min64(max64(kChunkBytes / max64(1, row_bytes * most), 1), a.steps);
+    const int64_t weight_bytes = a.input * row_bytes;
+    const int64_t bytes = max64(kLeastChunk, min64(kMostChunk, weight_bytes / 4));
+    chunk = min64(max64(bytes / max64(1, row_bytes * most), 1), a.steps);
     chunk_rows = chunk * most;
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }

@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <tuple>
 
@@ -43,7 +45,8 @@ template <class Work> bool run_together(int count, const Work& work) {
 
 void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor& like) {
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
-    a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions, threads);
+    a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions,
+                       like.scalar_type() == ScalarType::Double ? 8 : 4, threads);
     std::vector<int64_t> bounds = cut_rows(p.sizes, p.batch, p.rows, a.plan.rows);
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
     a.row_bounds = bounds.data();
@@ -163,9 +166,26 @@ Tensor math(Tensor x, std::string name) {
   return y;
 }
 
+// GF/s of multiply-adds on registers with `threads` threads at once, the best of ten tries.
+double peak(std::string dtype, int64_t threads) {
+  int d = 0;
+  const ScalarType types[kDtypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  while (d < kDtypes && dtype != dtype_name(types[d])) ++d;
+  STD_TORCH_CHECK(d < kDtypes, "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
+  double best = 0;
+  for (int i = 0; i < 10; ++i) {
+    std::atomic<int64_t> flops{0};
+    const auto start = std::chrono::steady_clock::now();
+    run_together(int(threads), [&](int) { flops += cpu_kernels().burst[d](200'000); });
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(flops) / time.count() / 1e9);
+  }
+  return best;
+}
+
 std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, std::string cell,
                           bool bidirectional) {
-  const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1,
+  const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1, 4,
                            int(torch::stable::get_num_threads()));
   return {p.directions, p.rows, p.units};
 }
@@ -179,6 +199,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&isa));
   m.impl("_cpu_isas", TORCH_BOX(&isas));
+  m.impl("_cpu_peak", TORCH_BOX(&peak));
   m.impl("_cpu_plan", TORCH_BOX(&plan));
 }
 }  // namespace seqkern

@@ -11,9 +11,11 @@ namespace seqkern {
 constexpr int64_t kMinWork = 300'000, kMinStepWork = 16'000;
 // A part of the batch with fewer rows than this does not fill the micro-kernel.
 constexpr int64_t kMinRows = 4;
+// Packed recurrent weights up to this stay in a core's L2 beside what else a step needs.
+constexpr int64_t kMaxWeightBytes = 3 << 19;
 
 inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, int64_t gates,
-                      int64_t directions, int threads) {
+                      int64_t directions, int64_t bytes, int threads) {
   Plan plan{1, 1, 1};
   const int64_t step = gates * hidden * output * batch;
   const int64_t work = steps * directions * (step + gates * hidden * input * batch);
@@ -23,9 +25,17 @@ inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidde
     plan.directions = 2;
     threads /= 2;
   }
-  plan.rows = int(std::max<int64_t>(1, std::min<int64_t>(threads, batch / kMinRows)));
-  const int64_t shares = std::min<int64_t>(step / plan.rows / kMinStepWork, hidden / 64);
-  plan.units = int(std::max<int64_t>(1, std::min<int64_t>(threads / plan.rows, shares)));
+  // Parts of the batch need not meet, but each reads all weights at every step; parts of the units each read their own.
+  // Where the recurrent weights are larger than a core's share of L2, reading them is what takes the time.
+  const int64_t by_rows = std::max<int64_t>(1, std::min<int64_t>(threads, batch / kMinRows));
+  const int64_t parts = std::min<int64_t>(hidden / 64, threads);
+  const auto units_for = [&](int64_t rows) {
+    return std::max<int64_t>(1, std::min({threads / rows, parts, step / rows / kMinStepWork}));
+  };
+  plan.rows = int(by_rows);
+  if (gates * hidden * output * bytes > kMaxWeightBytes)
+    while (plan.rows > 1 && plan.rows * units_for(plan.rows) <= (plan.rows / 2) * units_for(plan.rows / 2)) plan.rows /= 2;
+  plan.units = int(units_for(plan.rows));
   return plan;
 }
 
