@@ -1,0 +1,255 @@
+"""RNN, LSTM, GRU and the three cells: torch.nn's own classes with another forward.
+
+Construction, initial weights, `state_dict`, checks and representation are inherited. Two things differ from torch.nn
+besides speed: `_flat_weights` is derived from the module's attributes on every use, so that whatever replaces a
+weight (setattr, parametrizations, pruning, weight norm, functional_call) takes effect at once and no stale or
+non-leaf tensor is kept; and a state that is not given is passed on as None, so that no zeros are allocated.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+
+State = Tensor | tuple[Tensor, Tensor]  # h, or the LSTM's (h, c)
+
+
+def _weights(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """The module's weights as they are now. A parametrized or normalised one is not in `_parameters`."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
+
+
+def _split(hx: State, lstm: bool) -> tuple[Tensor, Tensor | None]:
+    """h and c. RuntimeError, as in torch, unless an LSTM gets two states."""
+    if not lstm:
+        return hx, None
+    if len(hx) > 2:
+        raise RuntimeError(f"the LSTM expects two states, (h_0, c_0), got {len(hx)}")
+    return hx[0], hx[1]
+
+
+class _Scriptable(nn.Module):
+    """torch.jit.script cannot compile the forwards here; it gets torch.nn's own module on the same Parameters.
+
+    torch puts that module into the scripted model's source too: `seqkern.accelerate` it again to go on with it.
+    """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        torch_class = next(cls for cls in type(self).__mro__ if cls.__module__ == nn.RNNBase.__module__)
+        twin = torch_class.__new__(torch_class)
+        twin.__dict__.update(self.__dict__)
+        if isinstance(twin, nn.RNNBase):
+            twin._init_flat_weights()
+        return twin
+
+
+class _Layer(_Scriptable, nn.RNNBase):
+    """What RNN, LSTM and GRU share."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        """Assigning the list replaces the attributes; assigning an element of it does nothing."""
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if getattr(self, name, None) is not weight:
+                setattr(self, name, weight)
+
+    # torch.nn.RNNBase's own keeps a list up to date.
+    __setattr__ = nn.Module.__setattr__
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        """There is no list to update."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels take weights wherever they are. Here for the programs that call it."""
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        state.pop("_flat_weights", None)
+        # torch.nn.utils.weight_norm and pruning leave a computed weight as a plain attribute, and compute it again
+        # before the next forward. Not being a leaf, it could be neither copied nor pickled.
+        for name in self._flat_weights_names:
+            if isinstance(state.get(name), Tensor):
+                state[name] = state[name].detach()
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_flat_weights", None)
+
+    def _check_state(self, h: Tensor, c: Tensor | None, batch: int) -> None:
+        """Raises RuntimeError unless h is [L*D, B, P] and c, for the LSTM, [L*D, B, H]."""
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        if c is None:
+            self.check_hidden_size(h, (states, batch, self.hidden_size))
+        else:
+            size = (states, batch, self.proj_size or self.hidden_size)
+            self.check_hidden_size(h, size, "Expected hidden[0] size {}, got {}")
+            self.check_hidden_size(c, (states, batch, self.hidden_size), "Expected hidden[1] size {}, got {}")
+
+    def _run(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None):
+        return functional.run_stack(
+            self.mode.lower(),
+            (x, h, c),
+            weights,
+            batch_sizes,
+            self.num_layers,
+            self.bidirectional,
+            self.dropout if self.training else 0.0,
+        )
+
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None):
+        """The forward of the torch.nn class of the same name: its arguments, results and exception types."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        dim = input.dim()
+        if dim != 3 and dim != 2:
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {dim}D instead")
+        batched = dim == 3
+        lstm = self.mode == "LSTM"
+        h = c = None
+        if hx is not None:
+            h, c = _split(hx, lstm)
+            if h.dim() != dim or (lstm and c.dim() != dim):
+                raise RuntimeError(
+                    f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, the state should also be {dim}-D but "
+                    f"got {h.dim()}-D" + (f" and {c.dim()}-D tensors" if lstm else " tensor")
+                )
+        x = input
+        if not batched:  # time-major, whatever batch_first says
+            x = x.unsqueeze(1)
+            h = None if h is None else h.unsqueeze(1)
+            c = None if c is None else c.unsqueeze(1)
+        weights = _weights(self, self._flat_weights_names)
+        if x.dtype != weights[0].dtype or x.size(-1) != self.input_size:
+            self.check_input(x, None)
+        batch_first = batched and self.batch_first
+        if batch_first:
+            x = x.transpose(0, 1)
+        if h is not None:
+            self._check_state(h, c, x.size(1))
+        y, h_n, c_n = self._run(x, h, c, weights, None)
+        if batch_first:
+            y = y.transpose(0, 1)
+        elif not batched:
+            y, h_n = y.squeeze(1), h_n.squeeze(1)
+            c_n = c_n.squeeze(1) if lstm else c_n
+        return y, (h_n, c_n) if lstm else h_n
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        lstm = self.mode == "LSTM"
+        h = c = None
+        if hx is not None:
+            h, c = _split(self.permute_hidden(hx, sorted_indices), lstm)
+        weights = _weights(self, self._flat_weights_names)
+        # A packed LSTM's dtypes are left to the operator, for then torch raises RuntimeError, not ValueError.
+        if data.size(-1) != self.input_size or (data.dtype != weights[0].dtype and not lstm):
+            self.check_input(data, batch_sizes)
+        if not torch.compiler.is_compiling():  # the batch is data, which a graph does not see
+            batch = int(batch_sizes[0])  # IndexError, as in torch, where there is no step
+            if lstm and h is not None and min(h.dim(), c.dim()) < 3:
+                raise IndexError(f"a packed LSTM's state should be 3-D, got {h.dim()}-D and {c.dim()}-D tensors")
+            if h is not None:
+                self._check_state(h, c, batch)
+        y, h_n, c_n = self._run(data, h, c, weights, batch_sizes)
+        last = self.permute_hidden((h_n, c_n) if lstm else h_n, unsorted_indices)
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), last
+
+
+class RNN(_Layer, nn.RNN):
+    __doc__ = nn.RNN.__doc__
+
+
+class LSTM(_Layer, nn.LSTM):
+    __doc__ = nn.LSTM.__doc__
+
+
+class GRU(_Layer, nn.GRU):
+    __doc__ = nn.GRU.__doc__
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _Cell(_Scriptable, nn.RNNCellBase):
+    """What RNNCell, LSTMCell and GRUCell share: a layer of one step, one operator call."""
+
+    _cell: str  # a key of reference.CELLS
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """The forward of the torch.nn class of the same name: its arguments, results and exception types."""
+        dim = input.dim()
+        if dim != 2 and dim != 1:
+            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {dim}D instead")
+        lstm = self._cell == "lstm"
+        x = (input if dim == 2 else input.unsqueeze(0)).unsqueeze(0)
+        h = c = None
+        if hx is not None:
+            if lstm and len(hx) != 2:
+                raise RuntimeError(f"LSTMCell expects two states, (h, c), got {len(hx)}")
+            h, c = _split(hx, lstm)
+            h = self._one_step(h, "h", dim, x.size(1))
+            c = self._one_step(c, "c", dim, x.size(1)) if lstm else None
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"{type(self).__name__}: input.size(-1) must be input_size = {self.input_size}, got {x.size(-1)}"
+            )
+        weights = _weights(self, _CELL_WEIGHTS)
+        if weights[2] is None:
+            weights = weights[:2]
+        _, h_n, c_n = functional.run_layer(self._cell, (x, h, c), weights, None, False)[:3]
+        h_n = h_n.squeeze(0) if dim == 2 else h_n[0, 0]
+        if not lstm:
+            return h_n
+        return h_n, c_n.squeeze(0) if dim == 2 else c_n[0, 0]
+
+    def _one_step(self, state: Tensor, name: str, dim: int, batch: int) -> Tensor:
+        """[1, B, H] from [B, H], or [1, 1, H] from [H]."""
+        if state.dim() not in (1, 2):
+            raise ValueError(
+                f"{type(self).__name__}: Expected hidden state {name} to be 1D or 2D, got {state.dim()}D instead"
+            )
+        wanted = (batch, self.hidden_size) if dim == 2 else (self.hidden_size,)
+        if state.size() != wanted:
+            raise RuntimeError(
+                f"{type(self).__name__}: hidden state {name} must be {'[B, H]' if dim == 2 else '[H]'} = "
+                f"{list(wanted)}, got {list(state.size())}"
+            )
+        return (state if dim == 2 else state.unsqueeze(0)).unsqueeze(0)
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    __doc__ = nn.RNNCell.__doc__
+
+    @property
+    def _cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"RNNCell: nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}")
+        return "rnn_" + self.nonlinearity
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    __doc__ = nn.LSTMCell.__doc__
+    _cell = "lstm"
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    __doc__ = nn.GRUCell.__doc__
+    _cell = "gru"
