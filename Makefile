@@ -1,0 +1,106 @@
+# On a fresh machine (Debian, Python 3.10 or later with venv and headers, a C++20 compiler):
+#
+#   make test              install, build, run the tests         (ISA=avx2 forces one instruction set)
+#   make bench             install, build, a short benchmark with table and plot, a short real training
+#   make test-isa          the tests in every instruction set of this CPU, or in ISA="generic avx2"
+#   make results           the full benchmark: bench/results/cpu.jsonl, its plot and page, the README's table
+#   make format | check    ruff and clang-format over the sources
+#   make clean             what was built; make distclean: the environment too
+#
+# PYTHON   the interpreter of the environment          default: python3
+# TORCH    what pip installs as torch                  default: 2.13.0, its CPU build where no GPU is found
+# VENV     the environment                             default: .venv
+# ARGS     passed on to pytest, or to bench/run.py
+#
+# Where pip's own index has only CUDA builds of torch, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help test test-isa bench results format check clean distclean FORCE
+
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+ISA ?=
+ARGS ?=
+
+TORCH_VERSION := 2.13.0
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+FORCED := $(if $(ISA),SEQKERN_CPU_ISA=$(ISA))
+ALL_ISAS = $$($(PY) -c 'import seqkern, torch; print(torch.ops.seqkern._cpu_isas())')
+
+help:
+	@awk '!/^#/ { exit } { sub(/^# ?/, "") } 1' Makefile
+
+# ---- environment and build; a second call finds the stamps and does nothing
+
+# Changes only when another torch is asked for.
+$(VENV)/torch.spec: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/installed.stamp: $(VENV)/torch.spec
+	@command -v $(PYTHON) > /dev/null || { echo "seqkern: $(PYTHON) was not found; install Python 3.10 or later, or set PYTHON"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || { echo "seqkern: building needs a C++20 compiler, and $${CXX:-c++} was not found; install g++ or set CXX"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "seqkern: building needs Python's headers; install python3-dev"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet 'setuptools>=70' wheel ninja numpy
+	@if [ -n '$(TORCH)' ]; then $(PY) -m pip install '$(TORCH)'; \
+	elif command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; then \
+	  $(PY) -m pip install torch==$(TORCH_VERSION); \
+	else \
+	  echo "no GPU found: looking for the CPU build of torch"; \
+	  $(PY) -m pip install --quiet torch==$(TORCH_VERSION)+cpu || $(PY) -m pip install torch==$(TORCH_VERSION); \
+	fi
+	@$(PY) -c 'import torch; print("installed torch", torch.__version__, "for CUDA " + torch.version.cuda if torch.version.cuda else "for the CPU")'
+	@touch $@
+
+# g2p-en: only the weights in its wheel are used; what it depends on would download data.
+$(VENV)/built.stamp: $(VENV)/installed.stamp $(SOURCES)
+	$(PY) -m pip install --quiet --no-deps g2p-en
+	@echo "building seqkern: a minute or more"
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,bench]'
+	@touch $@
+
+$(VENV)/linters.stamp: $(VENV)/installed.stamp .pre-commit-config.yaml
+	$(PY) -m pip install --quiet $$(grep -oE '(ruff|clang-format)==[0-9.]+' .pre-commit-config.yaml | sort -u)
+	@touch $@
+
+# ---- what one comes for
+
+test: $(VENV)/built.stamp
+	$(FORCED) $(PY) -m pytest tests -q $(ARGS)
+
+test-isa: $(VENV)/built.stamp
+	@for isa in $(or $(ISA),$(ALL_ISAS)); do \
+	  echo "SEQKERN_CPU_ISA=$$isa"; SEQKERN_CPU_ISA=$$isa $(PY) -m pytest tests -q $(ARGS); \
+	done
+
+bench: $(VENV)/built.stamp
+	@rm -f bench/out/quick.jsonl
+	$(FORCED) $(PY) bench/run.py --device cpu --quick --json bench/out/quick.jsonl $(ARGS)
+	$(PY) bench/report.py bench/out/quick.jsonl
+	$(FORCED) $(PY) examples/g2p.py --compare --steps 60 --plot bench/out/g2p.png
+
+results: $(VENV)/built.stamp
+	$(FORCED) $(PY) bench/run.py --device cpu --peak --memory --json bench/results/cpu.jsonl $(ARGS)
+	$(PY) bench/report.py bench/results/cpu.jsonl --readme
+
+format: $(VENV)/linters.stamp
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+check: $(VENV)/linters.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf build dist *.egg-info seqkern/_C*.so bench/out $(VENV)/built.stamp
+
+distclean: clean
+	rm -rf $(VENV)
