@@ -148,5 +148,5 @@ def layer(
         cs.append(last.c)
     y = torch.cat(ys, -1)
     if batch_sizes is None:
-        y = y.view(x.size(0), x.size(1), -1)
+        y = y.view(x.size(0), x.size(1), y.size(-1))
     return y, torch.stack(hs), torch.stack(cs) if cell == "lstm" else x.new_empty(0)

@@ -31,7 +31,7 @@ inline const char* dtype_name(ScalarType t) {
     case ScalarType::Float: return "float32";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
-    default: return "another dtype";
+    default: return torch::headeronly::toString(t);
   }
 }
 inline Dtype kernel_dtype(const std::string& cell, ScalarType t) {
@@ -40,7 +40,7 @@ inline Dtype kernel_dtype(const std::string& cell, ScalarType t) {
     case ScalarType::Float: return Dtype::kF32;
     case ScalarType::BFloat16: return Dtype::kBf16;
     case ScalarType::Half: return Dtype::kF16;
-    default: STD_TORCH_CHECK(false, cell, ": x must be float64, float32, bfloat16 or float16, got another dtype");
+    default: STD_TORCH_CHECK(false, cell, ": x must be float64, float32, bfloat16 or float16, got ", dtype_name(t));
   }
 }
 
@@ -133,12 +133,13 @@ inline Problem check_problem(const std::string& name, const Tensor& x, const std
   Wanted want{name, x.scalar_type()};
   const std::string gh = std::to_string(g) + "*H";
   for (int64_t d = 0; d < p.directions; ++d) {
+    const std::string suffix = d ? "_reverse" : "";
     const Tensor* w = weights.data() + d * p.per_direction;
-    want.check(w[0], "weight_ih", ("[" + gh + ", I]").c_str(), {g * p.hidden, p.input});
-    want.check(w[1], "weight_hh", ("[" + gh + (p.projected ? ", P]" : ", H]")).c_str(), {g * p.hidden, p.output});
-    if (p.biased) want.check(w[2], "bias_ih", ("[" + gh + "]").c_str(), {g * p.hidden});
-    if (p.biased) want.check(w[3], "bias_hh", ("[" + gh + "]").c_str(), {g * p.hidden});
-    if (p.projected) want.check(w[p.per_direction - 1], "weight_hr", "[P, H]", {p.output, p.hidden});
+    want.check(w[0], "weight_ih" + suffix, ("[" + gh + ", I]").c_str(), {g * p.hidden, p.input});
+    want.check(w[1], "weight_hh" + suffix, ("[" + gh + (p.projected ? ", P]" : ", H]")).c_str(), {g * p.hidden, p.output});
+    if (p.biased) want.check(w[2], "bias_ih" + suffix, ("[" + gh + "]").c_str(), {g * p.hidden});
+    if (p.biased) want.check(w[3], "bias_hh" + suffix, ("[" + gh + "]").c_str(), {g * p.hidden});
+    if (p.projected) want.check(w[p.per_direction - 1], "weight_hr" + suffix, "[P, H]", {p.output, p.hidden});
   }
   STD_TORCH_CHECK(!c0 || p.cell.cell == Cell::kLstm, name, ": only the LSTM has a cell state, got c0 ",
                   c0 ? text(sizes_of(*c0)) : "");

@@ -377,7 +377,7 @@ template <class C, class S> struct Backward {
                 bool first_chunk) const {
     alignas(64) Acc c[kTile * kColumns];
     for (int64_t q = p.begin; q < p.end; ++q) {
-      TileArgs<A> t{{left, kPair<A>, kLeft * kPair<A>}, b.panel(q), pairs, nullptr, c};
+      TileArgs<A> t{{left, kPair<A>, kLeft * kPair<A>}, b.panel(q), pairs, nullptr, c, false};
       tile_any<kWide>(rows, t);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v) {

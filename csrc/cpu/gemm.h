@@ -47,6 +47,7 @@ template <class A> struct TileArgs {
   int64_t k;  // in pairs where kPair is 2
   const typename AccOf<A>::Type* init;  // [kVectors * width] added to every row, or null
   typename AccOf<A>::Type* c;           // [rows][kVectors * width], dense
+  bool add;                             // to what c holds
 };
 
 template <int kRows, int kVectors, class A> void tile(const TileArgs<A>& t) {
@@ -79,11 +80,12 @@ template <int kRows, int kVectors, class A> void tile(const TileArgs<A>& t) {
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
       V sum = kChains == 2 ? c[0][r][v] + c[kChains - 1][r][v] : c[0][r][v];
-      store(sum, t.c + r * kColumns + v * V::kWidth);
+      Acc* to = t.c + r * kColumns + v * V::kWidth;
+      store(t.add ? load(to) + sum : sum, to);
     }
 }
 
-template <int kVectors, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
+template <int kVectors, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
   constexpr int kMost = tile_rows(kVectors);
   switch (rows) {
     case 1: return tile<1, kVectors>(t);
@@ -94,6 +96,18 @@ template <int kVectors, class A> __attribute__((noinline)) void tile_any(int row
     case 6: return tile<kMost >= 6 ? 6 : 1, kVectors>(t);
     case 7: return tile<kMost >= 7 ? 7 : 1, kVectors>(t);
     case 8: return tile<kMost >= 8 ? 8 : 1, kVectors>(t);
+  }
+}
+// A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions.
+constexpr int64_t kLongest = 256;
+template <int kVectors, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
+  if (t.k <= kLongest * 3 / 2) return tile_rows_of<kVectors>(rows, t);
+  const int64_t blocks = (t.k + kLongest - 1) / kLongest;
+  constexpr int64_t kRow = kVectors * Pack<typename AccOf<A>::Type>::kWidth * kPair<A>;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t k0 = t.k * i / blocks, k1 = t.k * (i + 1) / blocks;
+    Left<A> a{t.a.rows + k0 * t.a.step, t.a.row, t.a.step};
+    tile_rows_of<kVectors>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, i > 0});
   }
 }
 
@@ -120,7 +134,7 @@ SK_INL void multiply(Left<A> a, int64_t rows, const Panels<A>& b, int64_t first,
   for (int64_t p = first; p < last; ++p) {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
-      TileArgs<A> t{{a.rows + r0 * a.row, a.row, a.step}, b.panel(p), b.pairs, init ? init + p * kColumns : nullptr, c};
+      TileArgs<A> t{{a.rows + r0 * a.row, a.row, a.step}, b.panel(p), b.pairs, init ? init + p * kColumns : nullptr, c, false};
       tile_any<kVectors>(int(r1 - r0), t);
       done(p, r0, int(r1 - r0), c);
     }

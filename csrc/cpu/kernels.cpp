@@ -19,36 +19,33 @@ template <class T> void math(const char* name, const T* x, T* y, int64_t n) {
   }
 }
 
-SK_INL void multiply_add(Pack<float>& c, Pack<float> a, Pack<float> b) { c.v += a.v * b.v; }
-SK_INL void multiply_add(Pack<double>& c, Pack<double> a, Pack<double> b) { c.v += a.v * b.v; }
-template <class A> constexpr bool kDots = false;
+// c = c a + b, or where the products are bf16 dots, c + a . b.
+template <class A, class T> SK_INL void round_of(Pack<T>& c, Pack<T> a, Pack<T> b) {
 #ifdef SK_BF16_DOT
-template <> constexpr bool kDots<Bf16> = true;
-SK_INL void dot(Pack<float>& c, Pack<float> a, Pack<float> b) {
-  c.v = (Pack<float>::Vec)_mm512_dpbf16_ps((__m512)c.v, (__m512bh)a.v, (__m512bh)b.v);
-}
-#else
-template <class T> SK_INL void dot(Pack<T>& c, Pack<T> a, Pack<T> b) { multiply_add(c, a, b); }
-#endif
-
-// Independent sums in registers; the empty assembly keeps the compiler from folding them.
-template <class S> int64_t burst(int64_t n) {
-  using V = Pack<typename AccOf<S>::Type>;
-  constexpr bool kDot = kDots<typename OperandOf<S>::Type>;
-  constexpr int kSums = kRegisters / 4 * 3;
-  V sums[kSums], a(0), b(0);
-  for (int j = 0; j < kSums; ++j) sums[j] = V(0);
-  asm volatile("" : "+v"(a.v), "+v"(b.v));
-  for (int64_t i = 0; i < n; ++i) {
-#pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j) {
-      if constexpr (kDot) dot(sums[j], a, b);
-      else multiply_add(sums[j], a, b);
-    }
-#pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j) asm volatile("" : "+v"(sums[j].v));
+  if constexpr (kPair<A> == 2) {
+    c.v = (typename Pack<T>::Vec)_mm512_dpbf16_ps((__m512)c.v, (__m512bh)a.v, (__m512bh)b.v);
+    return;
   }
-  return n * kSums * V::kWidth * (kDot ? 4 : 2);
+#endif
+  c.v = c.v * a.v + b.v;
+}
+
+// Independent sums in registers. The empty assembly hides the factors' values from the compiler.
+template <class S> int64_t burst(int64_t n) {
+  using A = typename OperandOf<S>::Type;
+  using V = Pack<typename AccOf<S>::Type>;
+  constexpr int kRows = kRegisters * 3 / 16, kSums = kRows * 4;
+  V sums[kRows][4], a(0), b(0);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 4; ++v) sums[r][v] = V(0);
+  asm volatile("" : "+v"(a.v), "+v"(b.v));
+  for (int64_t i = 0; i < n; ++i)
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 4; ++v) round_of<A>(sums[r][v], a, b);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 4; ++v) a = a + sums[r][v];
+  asm volatile("" : : "v"(a.v));
+  return n * kSums * V::kWidth * kPair<A> * 2;
 }
 
 }  // namespace
