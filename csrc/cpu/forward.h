@@ -3,7 +3,7 @@
 // the cell on its tiles. With a projection (LSTM) a second product per step takes the cell's output down to P.
 #pragma once
 #include "../core/cells.h"
-#include "team.h"
+#include "direct.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -17,7 +17,12 @@ template <class C, class S> struct Forward {
   // read from the outer cache for many rows at a time.
   static constexpr int64_t kLeastChunk = 512 << 10, kMostChunk = 4 << 20;
 
+  // Packing takes about a cycle an element. Reading weights where they lie costs, a row and element, about a twentieth
+  // more; nothing where they come from an outer cache either way.
+  static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = 3 << 19;
+
   const LayerArgs& a;
+  bool direct_x, direct_h;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows;
 
   // Shared by the threads of a direction.
@@ -49,6 +54,9 @@ template <class C, class S> struct Forward {
     const int64_t bytes = max64(kLeastChunk, min64(kMostChunk, weight_bytes / 4));
     chunk = min64(max64(bytes / max64(1, row_bytes * most), 1), a.steps);
     chunk_rows = chunk * most;
+    direct_x = a.rows <= kDirectBatch;
+    direct_h = a.batch <= kDirectBatch &&
+               (a.rows <= kDirectRows || C::kGates * a.hidden * a.output * int64_t(sizeof(Acc)) > kDirectBytes);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
 
@@ -57,8 +65,8 @@ template <class C, class S> struct Forward {
     s.w_ih = {nullptr, ceil_div(a.input, kPair<A>), kVectors};
     s.w_hh = {nullptr, ceil_div(a.output, kPair<A>), kVectors};
     s.w_hr = {nullptr, ceil_div(a.hidden, kPair<A>), kWide};
-    s.w_ih.data = m.take<A>(panels * s.w_ih.size());
-    s.w_hh.data = m.take<A>(panels * s.w_hh.size());
+    s.w_ih.data = m.take<A>(direct_x ? 0 : panels * s.w_ih.size());
+    s.w_hh.data = m.take<A>(direct_h ? 0 : panels * s.w_hh.size());
     s.w_hr.data = m.take<A>(out_panels * s.w_hr.size());
     s.b_ih = m.take<Acc>(panels * kColumns);
     s.b_hh = m.take<Acc>(panels * kColumns);
@@ -105,8 +113,8 @@ template <class C, class S> struct Forward {
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     Range p = part(panels, me.in_direction(), me.direction_size());
-    pack_gates<C>((const S*)w.w_ih, a.hidden, a.input, s.w_ih, p.begin, p.end);
-    pack_gates<C>((const S*)w.w_hh, a.hidden, a.output, s.w_hh, p.begin, p.end);
+    if (!direct_x) pack_gates<C>((const S*)w.w_ih, a.hidden, a.input, s.w_ih, p.begin, p.end);
+    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, a.output, s.w_hh, p.begin, p.end);
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
     pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
     Range q = part(out_panels, me.in_direction(), me.direction_size());
@@ -173,13 +181,17 @@ template <class C, class S> struct Forward {
         copy_row(at<const S>(a.x, a, t, b), o.x + rows * ldx, a.input, s.w_ih.pairs * kPair<A>);
     }
     const int64_t ld = (p.end - p.begin) * kColumns;
-    multiply<kVectors>(Left<A>{o.x, ldx, kPair<A>}, rows, s.w_ih, p.begin, p.end, s.b_ih,
-                       [&](int64_t panel, int64_t r0, int n, const Acc* c) {
-                         for (int r = 0; r < n; ++r)
-                           for (int v = 0; v < kVectors; ++v)
-                             store(load(c + (r * kVectors + v) * kWidth),
-                                   o.gx + (r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
-                       });
+    auto keep = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+      for (int r = 0; r < n; ++r)
+        for (int v = 0; v < kVectors; ++v)
+          store(load(c + (r * kVectors + v) * kWidth),
+                o.gx + (r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
+    };
+    const Left<A> x{o.x, ldx, kPair<A>};
+    if (direct_x)
+      multiply_direct<C>(x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
+    else
+      multiply<kVectors>(x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
   }
 
   // The i-th step of rows [b0, end): recurrent product and cell, in the panels p.
@@ -187,33 +199,36 @@ template <class C, class S> struct Forward {
     const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
     A* next = projected() ? s.full : s.h[(i + 1) & 1];
     const int64_t ldn = projected() ? ldu : ldh;
-    multiply<kVectors>(
-        Left<A>{s.h[i & 1] + b0 * ldh, ldh, kPair<A>}, end - b0, s.w_hh, p.begin, p.end, s.b_hh,
-        [&](int64_t panel, int64_t r0, int n, const Acc* c) {
-          for (int r = 0; r < n; ++r) {
-            const int64_t b = b0 + r0 + r;
-            const Acc* gx_row = gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
-            for (int u = 0; u < kBlocks; ++u) {
-              const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
-              if (lanes <= 0) break;
-              V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry;
-              for (int g = 0; g < C::kGates; ++g) {
-                x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
-                h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);
-              }
-              if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
-              C::forward(x, h, carry, out, saved);
-              if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
-              store(out, next + b * ldn + j);
-              if (!projected())
-                store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
-              if (a.reserve && C::kSaved) {
-                S* keep = dir.reserve<S, C::kSaved>(t, b) + j;
-                for (int q = 0; q < C::kSaved; ++q) store(saved[q], keep + q * a.hidden, lanes);
-              }
-            }
+    auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+      for (int r = 0; r < n; ++r) {
+        const int64_t b = b0 + r0 + r;
+        const Acc* gx_row = gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
+        for (int u = 0; u < kBlocks; ++u) {
+          const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
+          if (lanes <= 0) break;
+          V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry;
+          for (int g = 0; g < C::kGates; ++g) {
+            x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
+            h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);
           }
-        });
+          if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+          C::forward(x, h, carry, out, saved);
+          if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
+          store(out, next + b * ldn + j);
+          if (!projected())
+            store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
+          if (a.reserve && C::kSaved) {
+            S* keep = dir.reserve<S, C::kSaved>(t, b) + j;
+            for (int q = 0; q < C::kSaved; ++q) store(saved[q], keep + q * a.hidden, lanes);
+          }
+        }
+      }
+    };
+    const Left<A> h{s.h[i & 1] + b0 * ldh, ldh, kPair<A>};
+    if (direct_h)
+      multiply_direct<C>(h, end - b0, (const S*)a.weights[dir.d].w_hh, a.hidden, a.output, p, s.b_hh, cells);
+    else
+      multiply<kVectors>(h, end - b0, s.w_hh, p.begin, p.end, s.b_hh, cells);
   }
 
   // h = W_hr full, in the output panels q.

@@ -211,7 +211,8 @@ template <class T> SK_INL Pack<T> sigmoid(Pack<T> x) {
   V scale = power_of_two(e.n), y = reciprocal(scale * e.expm1 + (V(1) + scale));
   return V::wrap(x.v < low.v ? V(0).v : y.v);
 }
-// tanh |x| = m / (m + 2) with m = expm1(2 |x|): exact near zero, one at 10 (float) or 20 (double).
+// With m = expm1(2 |x|), tanh |x| is m / (m + 2), which is exact near zero, and 1 - 2 / (m + 2), which is exact near one:
+// there the cell's derivative 1 - tanh^2 cancels, and an error of two ulp would show. One at 10 (float) or 20 (double).
 template <class T> SK_INL Pack<T> tanh_(Pack<T> x) {
   using V = Pack<T>;
   using Int = typename V::Int;
@@ -219,9 +220,9 @@ template <class T> SK_INL Pack<T> tanh_(Pack<T> x) {
   V a = V::wrap((typename V::Vec)((Int)x.v ^ sign)), top(ExpTable<T>::kTanhMax);
   a.v = a.v > top.v ? top.v : a.v;
   Reduced<T> e = reduce(a + a);
-  V scale = power_of_two(e.n), m = e.expm1 * scale + (scale - V(1));
-  V t = m * reciprocal(m + V(2)), one(1);
-  t.v = t.v > one.v ? one.v : t.v;
+  V scale = power_of_two(e.n), m = e.expm1 * scale + (scale - V(1)), r = reciprocal(m + V(2));
+  V near_one = V(1) - (r + r), near_zero = m * r;
+  V t = V::wrap(m.v > V(2).v ? near_one.v : near_zero.v);
   return V::wrap((typename V::Vec)((Int)t.v | sign));
 }
 template <class T> SK_INL Pack<T> relu(Pack<T> x) {
