@@ -51,8 +51,10 @@ def evaluate(layer: Layer, case: Case, inputs: Inputs, cotangents: Sequence[Tens
 
 
 def torch_layer(x, h0, c0, weights, batch_sizes, cell, bidirectional) -> Sequence[Tensor]:
-    """torch.nn's layer behind the operator's signature."""
-    cls = {"lstm": nn.LSTM, "gru": nn.GRU}.get(cell, nn.RNN)
+    """torch.nn's layer behind the operator's signature; the reference where torch.nn has no such cell."""
+    cls = {"rnn_tanh": nn.RNN, "rnn_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}.get(cell)
+    if cls is None:
+        return reference.layer(x, h0, c0, weights, batch_sizes, cell, bidirectional)
     per_direction = len(weights) // (2 if bidirectional else 1)
     options = {"bidirectional": bidirectional, "bias": per_direction > 3}
     if cls is nn.RNN:
