@@ -102,7 +102,7 @@ def peak(dtype: torch.dtype, samples: int = 5) -> tuple[float, str]:
     it is the best of a few large matrix products of torch, which stay below that ceiling.
     """
     if hasattr(torch.ops.seqkern, "_cpu_peak"):
-        return float(torch.ops.seqkern._cpu_peak(dtype, torch.get_num_threads())), "fma"
+        return float(torch.ops.seqkern._cpu_peak(str(dtype).removeprefix("torch."), torch.get_num_threads())), "fma"
     n = 2048
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     best = float("inf")
