@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import machine, peers, timing  # noqa: E402
 from bench.cases import Case, select  # noqa: E402
 from bench.problem import DTYPES, Problem, WrongResult, check, kept  # noqa: E402
+from bench.sources import ROOT  # noqa: E402
 from bench.summary import BUSY  # noqa: E402
 
 Line = dict[str, object]
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
 
     where = machine.describe(options.device) | {"quick": options.quick}
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), markup=False)
-    out = options.json or machine.ROOT / "bench" / "out" / f"{options.device}.jsonl"
+    out = options.json or ROOT / "bench" / "out" / f"{options.device}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     wrong = 0
     columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")]

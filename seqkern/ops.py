@@ -19,8 +19,10 @@ class _Sizes:
 
     def __init__(self, x, weights, batch_sizes, cell, bidirectional):
         torch._check(cell in CELLS, lambda: f"cell must be one of {', '.join(CELLS)}, got {cell}")
-        for w in weights:
-            torch._check(w.device == x.device, lambda: f"{cell}: weights must be on {x.device} as x is, got {w.device}")  # noqa: B023
+        torch._check(
+            all(w.device == x.device for w in weights),
+            lambda: f"{cell}: weights must be on {x.device} as x is, got {[str(w.device) for w in weights]}",
+        )
         self.directions = 2 if bidirectional else 1
         self.hidden = weights[0].size(0) // CELLS[cell].gates
         self.output = weights[1].size(1)
@@ -53,10 +55,9 @@ def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save):
 
 def _rnn_layer_setup(ctx, inputs, output):
     x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _ = inputs
-    y, h_n, _, reserve = output
-    ctx.batch = h_n.size(1)
+    y, _, c_n, reserve = output
     ctx.count = len(weights)
-    ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [output[2]]))
+    ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h0, c0, batch_sizes, y, reserve, *weights)
 
@@ -66,8 +67,9 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, None, None, None, None
+    options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights))
     dx, dh0, dc0, dweights = rnn_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, ctx.cell, ctx.bidirectional, need_x, any(need_weights)
+        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
     )
     if not dweights:
         dweights = [None] * ctx.count
@@ -102,7 +104,8 @@ def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirec
 
 
 def _double_setup(ctx, inputs, output):
-    dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, _, _, ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs
+    dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes = inputs[:8]
+    ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[10:]
     ctx.set_materialize_grads(False)
     ctx.count = len(weights)
     ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+import seqkern  # noqa: F401  (registers the operators, whichever file runs alone)
+
 
 def pytest_report_header() -> str:
     forced = os.environ.get("SEQKERN_CPU_ISA", "not forced")
