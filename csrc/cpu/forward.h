@@ -59,8 +59,9 @@ template <class C, class S> struct Forward {
     chunk = min64(max64(bytes / max64(1, row_bytes * most), 1), a.steps);
     chunk_rows = chunk * most;
     direct_x = a.rows <= kDirectBatch;
+    const int64_t packed_bytes = kParts<S> ? kParts<S> * 2 : sizeof(A);
     direct_h = a.batch <= kDirectBatch &&
-               (a.rows <= kDirectRows || C::kGates * a.hidden * a.output * int64_t(sizeof(Acc)) > kDirectBytes);
+               (a.rows <= kDirectRows || a.output * ceil_div(panels, a.plan.units) * kColumns * packed_bytes > kDirectBytes);
     tiles_x = !direct_x && use_tiles<S>(chunk_rows);
     tiles_h = !direct_h && use_tiles<S>(most);
     const Rows<S> x{nullptr, ldx, tiles_x};

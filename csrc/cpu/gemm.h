@@ -289,11 +289,13 @@ SK_INL void pack_rows(const Panels<S>& to, int64_t first, int64_t last, int64_t 
       const int64_t padded = end >= to.k ? tile_blocks(to.k) * kTileK : end;
       for (int64_t k = begin; k < padded; k += 2) {
         const auto even = k < end ? at(k) : none, odd = k + 1 < end ? at(k + 1) : none;
-        for (int64_t p = first; p < last; ++p)
+        const auto panel = to.tile_panel(0);
+        auto block = panel.block(k / kTileK);
+        block.start += first * to.bytes() / 2;
+        for (int64_t p = first; p < last; ++p, block.start += to.bytes() / 2)
           for (int v = 0; v < to.vectors; ++v) {
             const int64_t j = p * columns + v * to.kWidth;
-            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, v,
-                                      to.tile_panel(p));
+            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, v, panel, block);
           }
       }
       return;
