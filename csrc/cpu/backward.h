@@ -6,7 +6,7 @@
 // weights. Sums run in a fixed order: results repeat bit for bit.
 #pragma once
 #include "../core/cells.h"
-#include "team.h"
+#include "direct.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -151,6 +151,9 @@ template <class C, class S> struct Backward {
     for (int b = 0; b < 2; ++b) {
       s.grads[b].clear(r.begin, r.end, C::kGrads * a.hidden);
       if (projected()) s.dp[b].clear(r.begin, r.end, a.output);
+      if (tiles_h == tiles_sum) continue;
+      s.grads_sum[b].clear(r.begin, r.end, C::kGrads * a.hidden);
+      if (projected()) s.dp_sum[b].clear(r.begin, r.end, a.output);
     }
   }
 
@@ -353,8 +356,7 @@ template <class C, class S> struct Backward {
   void split(const Member& me, const Direction& dir, const Shared& s, const Chunk& c, int64_t b0, int64_t b1) const {
     const Range steps = part(c.last - c.first, me.unit_part, a.plan.units);
     const auto copy = [&](const Rows<S>& from, const Rows<S>& to, int64_t r, int64_t n) {
-      for (int64_t j = 0; j < n; j += kWidth) to.put(load(from.plain(r) + j), r, j);
-      to.clear(r, r + 1, n);
+      for (int64_t j = 0; j < n; j += kWidth) to.put(load(from.plain(r) + j, n - j), r, j);
     };
     for (int64_t i = steps.begin; i < steps.end; ++i) {
       const int64_t t = dir.time(a.steps - 1 - (c.first + i));
@@ -494,17 +496,25 @@ template <class C, class S> struct Backward {
     sum(o, c, s.dp_sum[c.buffer], a.output, part(ceil_div(a.output, left_rows()), i, n), output);
   }
   void sum_bias(const Own& o, int rows, int64_t n, Acc* to, bool first) const {
+    if (tiles_sum) {
+      for (int r0 = 0; r0 < rows; r0 += kWidth) {
+        V sums[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          sums[i] = V(0);
+          const Part* row = (const Part*)o.columns.data + (r0 + i) * kParts<S> * left_ld;
+          for (int64_t p = 0; p < kParts<S> && r0 + i < rows; ++p)
+            for (int64_t k = 0; k < n; k += kWidth) sums[i] = sums[i] + load(row + p * left_ld + k);
+        }
+        V sum = sum_lanes<kWidth>(sums);
+        if (!first) sum = sum + load(to + r0, rows - r0);
+        store(sum, to + r0, rows - r0);
+      }
+      return;
+    }
     for (int r = 0; r < rows; ++r) {
       Acc sum = 0;
-      if (tiles_sum) {
-        V sums(0);
-        for (int p = 0; p < kParts<S>; ++p)
-          for (int64_t k = 0; k < n; k += kWidth) sums = sums + load((const Part*)o.columns.data + (r * kParts<S> + p) * left_ld + k);
-        for (int i = 0; i < kWidth; ++i) sum += sums.v[i];
-      } else {
-        for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
-          for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
-      }
+      for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
+        for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
       to[r] = first ? sum : to[r] + sum;
     }
   }

@@ -215,29 +215,6 @@ template <int kCount> SK_INL int64_t tile_pauses(int64_t rows, int64_t blocks) {
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
-// 16 x 16 elements of 32 bits, transposed in registers.
-SK_INL void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-    }
-  // r[4 g + c]: in each of the four 128-bit lanes l, column 4 l + c of rows 4 g to 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    const __m512i d = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(a, d, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
-    t[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
 // The leading parts of 32 consecutive numbers, as 32 words in order; `low` and `high` keep the rest.
 template <int kCount> SK_INL __m512i take_words(Pack<float>& low, Pack<float>& high) {
   const U16s a = take_part<kCount>(low), b = take_part<kCount>(high);
