@@ -23,8 +23,11 @@ template <> struct OperandOf<Bf16> { using Type = Bf16; };
 template <class A> constexpr int kPair = sizeof(A) == 2 ? 2 : 1;  // elements of K that one instruction takes
 
 // Most rows that a tile of `vectors` columns can have, by registers: accumulators, a row of B and one broadcast of A.
+// With 16 registers four vectors go in two passes of two: 6 x 2 needs 8 loads for 12 multiply-adds, 3 x 4 needs 15.
+constexpr bool two_passes(int vectors) { return kRegisters == 16 && vectors == 4; }
 constexpr int tile_rows(int vectors) {
-  int rows = (kRegisters - (kRegisters == 32 ? vectors + 1 : 1)) / vectors;
+  if (two_passes(vectors)) vectors = 2;
+  const int rows = (kRegisters - vectors - 1) / vectors;
   return rows > 8 ? 8 : rows;
 }
 
@@ -51,55 +54,65 @@ template <class A> struct TileArgs {
   bool add;                             // to what c holds
 };
 
-template <int kRows, int kVectors, class A> void tile(const TileArgs<A>& t) {
+// Vectors kFirst to kFirst + kTake of the columns.
+template <int kRows, int kVectors, int kFirst = 0, int kTake = kVectors, class A> void tile(const TileArgs<A>& t) {
   using Acc = typename AccOf<A>::Type;
   using V = Pack<Acc>;
   constexpr int kColumns = kVectors * V::kWidth;
   // One row has too few independent sums to keep the multipliers busy: even and odd k are summed apart.
   constexpr int kChains = kRows == 1 ? 2 : 1;
-  V c[kChains][kRows][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    V first = t.init ? load(t.init + v * V::kWidth) : V(0);
+  V c[kChains][kRows][kTake];
+  for (int v = 0; v < kTake; ++v) {
+    V first = t.init ? load(t.init + (kFirst + v) * V::kWidth) : V(0);
     for (int r = 0; r < kRows; ++r) {
       c[0][r][v] = first;
       if (kChains == 2) c[kChains - 1][r][v] = V(0);
     }
   }
   const A* a = t.a.rows;
-  const A* b = t.b;
+  const A* b = t.b + kFirst * V::kWidth * kPair<A>;
   const int64_t row = t.a.row, step = t.a.step;
   int64_t k = t.k;
   if (kChains == 2) {
     for (; k >= 2; k -= 2, a += 2 * step, b += 2 * kColumns * kPair<A>)
       for (int half = 0; half < 2; ++half)
-        for (int v = 0; v < kVectors; ++v)
+        for (int v = 0; v < kTake; ++v)
           multiply_add(c[half][0][v], a + half * step, b + (half * kColumns + v * V::kWidth) * kPair<A>);
   }
   for (; k > 0; --k, a += step, b += kColumns * kPair<A>) {
     // One page of B ahead, at whose end the hardware's prefetcher stops: worth 8 % where B comes from the outer cache.
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (16 * kVectors + v) * V::kWidth * kPair<A>);
+    for (int v = 0; v < kTake; ++v) __builtin_prefetch(b + (16 * kVectors + v) * V::kWidth * kPair<A>);
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
+      for (int v = 0; v < kTake; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kTake; ++v) {
       V sum = kChains == 2 ? c[0][r][v] + c[kChains - 1][r][v] : c[0][r][v];
-      Acc* to = t.c + r * kColumns + v * V::kWidth;
+      Acc* to = t.c + r * kColumns + (kFirst + v) * V::kWidth;
       store(t.add ? load(to) + sum : sum, to);
     }
 }
 
+template <int kRows, int kVectors, class A> SK_INL void tile_passes(const TileArgs<A>& t) {
+  if constexpr (kRows > tile_rows(kVectors)) {
+    __builtin_unreachable();
+  } else if constexpr (two_passes(kVectors) && kRows > 3) {
+    tile<kRows, kVectors, 0, 2>(t);
+    tile<kRows, kVectors, 2, 2>(t);
+  } else {
+    tile<kRows, kVectors>(t);
+  }
+}
 template <int kVectors, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
-  constexpr int kMost = tile_rows(kVectors);
   switch (rows) {
-    case 1: return tile<1, kVectors>(t);
-    case 2: return tile<2, kVectors>(t);
-    case 3: return tile<kMost >= 3 ? 3 : 1, kVectors>(t);
-    case 4: return tile<kMost >= 4 ? 4 : 1, kVectors>(t);
-    case 5: return tile<kMost >= 5 ? 5 : 1, kVectors>(t);
-    case 6: return tile<kMost >= 6 ? 6 : 1, kVectors>(t);
-    case 7: return tile<kMost >= 7 ? 7 : 1, kVectors>(t);
-    case 8: return tile<kMost >= 8 ? 8 : 1, kVectors>(t);
+    case 1: return tile_passes<1, kVectors>(t);
+    case 2: return tile_passes<2, kVectors>(t);
+    case 3: return tile_passes<3, kVectors>(t);
+    case 4: return tile_passes<4, kVectors>(t);
+    case 5: return tile_passes<5, kVectors>(t);
+    case 6: return tile_passes<6, kVectors>(t);
+    case 7: return tile_passes<7, kVectors>(t);
+    case 8: return tile_passes<8, kVectors>(t);
   }
 }
 // A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions.
