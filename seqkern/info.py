@@ -29,7 +29,7 @@ __version__ = build()["version"]
 class Plan:
     """Which engine runs a call, and why. `str()` is for people."""
 
-    engine: str  # cpu-generic, cpu-avx2, cpu-avx512, cpu-avx512_bf16, or reference
+    engine: str  # cpu-generic, cpu-avx2, cpu-avx512, cpu-avx512_bf16, cpu-amx, or reference
     why: str
     call: str  # the call that was planned, in words
     threads: int = 0  # that work on one layer; 0 where the engine does not say
