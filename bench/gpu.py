@@ -24,11 +24,6 @@ def gpu() -> Gpu:
     return Gpu(found.major, found.minor, found.multi_processor_count, torch.backends.cudnn.version() or 0)
 
 
-def slug(name: str) -> str:
-    """A GPU's name as a file's: "NVIDIA H200" is nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
-
-
 # What nvidia-smi is asked for, and the name of the answer in a line.
 QUERIES = {
     "driver_version": "driver",

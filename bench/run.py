@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from bench import gpu, gpu_cases, gpu_measure, machine, peers, timing  # noqa: E402
 from bench.cases import Case, select  # noqa: E402
 from bench.problem import DTYPES, Problem, WrongResult, check, kept  # noqa: E402
-from bench.sources import ROOT  # noqa: E402
+from bench.sources import ROOT, slug  # noqa: E402
 from bench.summary import BUSY  # noqa: E402
 from bench.terminal import Console, progress_bar  # noqa: E402
 
@@ -165,7 +165,7 @@ def output(options: argparse.Namespace, where: dict[str, object]) -> Path:
     """The file that lines are appended to; its folder is made."""
     path = options.json or ROOT / "bench" / "out"
     if options.json is None or path.is_dir():
-        path = path / f"{gpu.slug(where['gpu']) if options.device == 'cuda' else 'cpu'}.jsonl"
+        path = path / f"{slug(where['gpu']) if options.device == 'cuda' else 'cpu'}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
