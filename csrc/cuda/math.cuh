@@ -31,9 +31,17 @@ template <class V> SK_MATH V positive(V x) { return x > V(0) ? V(1) : V(0); }
 namespace seqkern { namespace SK_NS { namespace {
 
 template <Cell kCell> struct CellOf;
-template <> struct CellOf<Cell::kRnnTanh> { using Type = RnnTanh; };
-template <> struct CellOf<Cell::kRnnRelu> { using Type = RnnRelu; };
-template <> struct CellOf<Cell::kLstm> { using Type = Lstm; };
-template <> struct CellOf<Cell::kGru> { using Type = Gru; };
+template <> struct CellOf<Cell::kRnnTanh> {
+  using Type = RnnTanh;
+};
+template <> struct CellOf<Cell::kRnnRelu> {
+  using Type = RnnRelu;
+};
+template <> struct CellOf<Cell::kLstm> {
+  using Type = Lstm;
+};
+template <> struct CellOf<Cell::kGru> {
+  using Type = Gru;
+};
 
 }}}  // namespace seqkern::SK_NS
