@@ -60,7 +60,7 @@ def smi() -> dict[str, str | float]:
     return {}
 
 
-def burst(seconds: float = 0.4) -> dict[str, str | float]:
+def burst(seconds: float = 1.0) -> dict[str, str | float]:
     """Driver, and clocks as they are under load: nvidia-smi answers while large products run. Warms the GPU too."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
     torch.mm(a, a)
@@ -77,7 +77,7 @@ def tf32() -> dict[str, bool | str]:
     """Whether fp32 may use TF32: in cuDNN's recurrent layers, and in matrix products."""
     found: dict[str, bool | str] = {}
     for name, read in (
-        ("tf32_rnn", lambda: bool(torch.backends.cudnn.allow_tf32)),
+        ("tf32_rnn", lambda: torch.backends.cudnn.rnn.fp32_precision == "tf32"),
         ("tf32_matmul", lambda: bool(torch.backends.cuda.matmul.allow_tf32)),
     ):
         try:
@@ -163,7 +163,9 @@ def engines(layer: nn.Module, case: Case) -> dict[str, str]:
         plan = seqkern.explain(layer, case.batch, case.time)
     except Exception as failed:  # noqa: BLE001  a measurement does not depend on the explanation
         return {"engine": "unknown", "engine_why": f"{type(failed).__name__}: {failed}"[:120]}
-    found = {"engine": short_engine(plan.engine), "engine_why": str(plan.why)[:200]}
-    if case.passes == "train" and getattr(plan, "backward", ""):
-        found["engine_backward"] = short_engine(str(plan.backward))
+    told = getattr(plan, "split", "") or str(plan.why)  # on CUDA, a line for each pass: "backward: step: ..."
+    found = {"engine": short_engine(plan.engine), "engine_why": "; ".join(told.splitlines())[:400]}
+    backward = re.search(r"^backward: (\w+)", told, re.MULTILINE)
+    if case.passes == "train" and backward:
+        found["engine_backward"] = short_engine(backward[1])
     return found

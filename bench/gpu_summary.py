@@ -1,4 +1,4 @@
-"""The lines of `run.py --device cuda` into markdown: ratios by cuDNN's algorithm and seqkern's engine, targets, losses."""
+"""Lines of `run.py --device cuda` into markdown: ratios by cuDNN's algorithm and seqkern's engine, targets, losses."""
 
 from collections.abc import Callable, Sequence
 
@@ -44,8 +44,16 @@ def path(line: Line) -> str:
     return forward if line.get("cudnn_backward", forward) == forward else "mixed"
 
 
+def engine(line: Line) -> str:
+    """What seqkern ran: one engine, or both where backward took another."""
+    forward = line.get("engine", "?")
+    backward = line.get("engine_backward", forward)
+    return forward if backward == forward else f"{forward}, backward {backward}"
+
+
 def by_gpu(lines: Sequence[Line]) -> list[Setting]:
-    return [Setting([line for line in lines if line["gpu"] == gpu]) for gpu in dict.fromkeys(l["gpu"] for l in lines)]
+    names = dict.fromkeys(line["gpu"] for line in lines)
+    return [Setting([line for line in lines if line["gpu"] == name]) for name in names]
 
 
 def ratios(lines: Sequence[Line], key: str = "ratio") -> list[float]:
@@ -73,13 +81,13 @@ def table(lines: Sequence[Line], heads: Sequence[str], key: Callable[[Line], tup
 
 def targets(lines: Sequence[Line]) -> str:
     rows = []
-    for engine, wanted, name, least in TARGETS:
-        chosen = [x for x in lines if (x.get("engine"), path(x), x["pass"]) == (engine, wanted, name)]
+    for ran, wanted, name, least in TARGETS:
+        chosen = [x for x in lines if (engine(x), path(x), x["pass"]) == (ran, wanted, name)]
         if not (found := ratios(chosen)):
             outcome = "not measured"
         else:
             outcome = f"{geomean(found):.2f} of {len(found)}, " + ("met" if geomean(found) >= least else "**missed**")
-        rows.append([f"{engine} against cuDNN {PATHS[wanted]}, {PASSES[name]}", f"{least:.1f}", outcome])
+        rows.append([f"{ran} against cuDNN {PATHS[wanted]}, {PASSES[name]}", f"{least:.1f}", outcome])
     return markdown_table(["geometric mean of cuDNN time / seqkern time", "target", "measured"], rows)
 
 
@@ -106,7 +114,8 @@ def where(setting: Setting) -> str:
     facts += [f"cuDNN {first.get('cudnn', '?')}", f"torch {first.get('torch', '?')}"]
     clocks = [line["clock_sm"] for line in setting.lines if "clock_sm" in line]
     if clocks:
-        facts.append(f"{min(clocks):g} MHz under load" + (f" (of {first['clock_sm_max']:g})" * ("clock_sm_max" in first)))
+        most = f" (of {first['clock_sm_max']:g})" if "clock_sm_max" in first else ""
+        facts.append(f"{min(clocks):g} MHz under load{most}")
     facts.append(f"TF32 in recurrent layers {first.get('tf32_rnn', '?')}, in products {first.get('tf32_matmul', '?')}")
     commits = ", ".join(dict.fromkeys(str(line.get("commit", "?")) for line in setting.lines))
     return f"{', '.join(facts)}, csrc {first.get('csrc', '?')}, commit {commits}."
@@ -123,7 +132,7 @@ def losses(setting: Setting) -> str:
     named = []
     for line in setting.named(lambda kind: kind in ("loss", "wrong")):
         ratio = "WRONG" if "wrong" in line else f"{line['ratio']:.2f}"
-        named.append(f"{line['case']} ({line.get('engine', '?')} against {PATHS.get(path(line), '?')}: {ratio})")
+        named.append(f"{line['case']} ({engine(line)} against {PATHS.get(path(line), '?')}: {ratio})")
     return f"Slower or wrong beyond noise: {', '.join(named)}." if named else ""
 
 
@@ -133,7 +142,7 @@ def summary(setting: Setting, csrc: str) -> str:
     parts = [
         "cuDNN time / seqkern time of one call of the layer, above 1 seqkern is faster: geometric mean (lowest case), "
         "number of cases. Bold: a case below 1.",
-        table(timed, ["cuDNN ran", "seqkern ran"], lambda x: (PATHS.get(path(x), path(x)), x.get("engine", "?"))),
+        table(timed, ["cuDNN ran", "seqkern ran"], lambda x: (PATHS.get(path(x), path(x)), engine(x))),
         targets(timed),
         f"Measured on {where(setting)} {tally(timed).capitalize()}.",
         losses(setting),
@@ -148,20 +157,24 @@ def page(setting: Setting, csrc: str) -> str:
     rows = []
     for line in setting.lines:
         algorithms = [PATHS.get(line[key], line[key]) for key in ("cudnn_forward", "cudnn_backward") if key in line]
-        row = [line["case"], line.get("engine", "?"), " / ".join(dict.fromkeys(algorithms))]
+        row = [line["case"], engine(line), " / ".join(dict.fromkeys(algorithms))]
         if "wrong" in line:
             rows.append([*row, "", "", "WRONG", "", "", line["wrong"]])
             continue
         scale = 1e3 / line["time"]
-        spread = [f"{line[p + 'ms'] * scale:.3g} ({line[p + 'p10'] * scale:.3g}, {line[p + 'p90'] * scale:.3g})" for p in ("", "peer_")]
-        graph = [f"{line[key]:.2f}" if key in line else "" for key in ("graph_ratio",)]
+        spread = [
+            f"{line[f'{side}ms'] * scale:.3g} ({line[f'{side}p10'] * scale:.3g}, {line[f'{side}p90'] * scale:.3g})"
+            for side in ("", "peer_")
+        ]
+        graph = f"{line['graph_ratio']:.2f}" if "graph_ratio" in line else ""
         notes = [] if line.get("peer_flat", True) else ["cuDNN's weights not in one buffer"]
         notes += [f"no graph: {line['graph_error']}"] if "graph_error" in line else []
-        rows.append([*row, *spread, f"{line['ratio']:.2f}", *graph, f"{line['error']:.2f}", "; ".join(notes)])
+        rows.append([*row, *spread, f"{line['ratio']:.2f}", graph, f"{line['error']:.2f}", "; ".join(notes)])
     heads = ["case", "engine", "cuDNN ran", "seqkern us a step (p10, p90)", "cuDNN us a step (p10, p90)", "ratio"]
     heads += ["as graphs", "error / bound", "notes"]
     parts = [summary(setting, csrc), "## By regime", table(setting.lines, ["regime"], lambda line: (line["group"],))]
     if shown := bounds(setting.lines):
-        parts += ["## Beside the estimated lower bounds", "The time is the whole call's, input projection included.", shown]
+        said = "The time is the whole call's, input projection included."
+        parts += ["## Beside the estimated lower bounds", said, shown]
     parts += ["## Every case", markdown_table(heads, rows)]
     return "\n\n".join(parts) + "\n"

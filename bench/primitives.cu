@@ -177,8 +177,7 @@ void clusters(Device& d) {
       }
     for (int kilobytes : {16, 200}) {  // 200: one CTA an SM, as a kernel that keeps weights in shared memory
       Json held = {{"ctas", double(size)}, {"shared_kib", double(kilobytes)}};
-      CHECK(cudaFuncSetAttribute(cluster_barrier<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kilobytes << 10));
-      CHECK(cudaFuncSetAttribute(cluster_barrier<true>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      auto kernel = cluster_barrier<true>;
       cudaLaunchAttribute attribute;
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim = {unsigned(size), 1, 1};
@@ -189,10 +188,13 @@ void clusters(Device& d) {
       config.attrs = &attribute;
       config.numAttrs = 1;
       int resident = 0;
-      cudaError_t status = cudaOccupancyMaxActiveClusters(&resident, cluster_barrier<true>, &config);
+      cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kilobytes << 10);
+      if (status == cudaSuccess)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
       cudaGetLastError();
-      if (status != cudaSuccess) skip("resident_clusters", held, cudaGetErrorString(status));
       if (status == cudaSuccess) print("resident_clusters", held, {{"clusters", double(resident)}});
+      else skip("resident_clusters", held, cudaGetErrorString(status));
     }
   }
   if (!there) return skip("dsmem_handoff", {{"ctas", 2}}, "needs compute capability 9.0");

@@ -26,7 +26,7 @@ SOURCE = ROOT / "bench" / "primitives.cu"
 MEANING = {
     "cluster_barrier": "barrier of one cluster; ordered: with a fence, so that global memory is ordered too",
     "dsmem_handoff": "16 bytes into another CTA's shared memory by st.async, seen there on its mbarrier, one way",
-    "dsmem_exchange": "every CTA of a cluster sends `bytes` to every other and waits for theirs, with one __syncthreads",
+    "dsmem_exchange": "each CTA of a cluster sends `bytes` to every other and waits for theirs, with one __syncthreads",
     "resident_clusters": "clusters that run at the same time, each CTA holding `shared_kib` of shared memory",
     "l2_handoff": "a flag through L2 from one SM to another, one way",
     "grid_sync": "cooperative_groups' barrier of the grid",
@@ -92,6 +92,19 @@ def build(arch: str, program: Path) -> str | None:
     command = [compiler, "-O3", "-std=c++17", "-gencode", arch, str(SOURCE), "-o", str(program)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{' '.join(command)}\n{found.stderr}" if found.returncode else None
+
+
+def execute(program: Path, timeout: float) -> tuple[int, str, str]:
+    """Exit status, figures and what went wrong; figures up to a failure or the timeout count."""
+    with subprocess.Popen([str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            text, errors = running.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            text, _ = running.communicate()
+            whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+            return 1, whole, f"not done after {timeout:g} s"
+    return running.returncode, text, f"exit status {running.returncode}: {errors.strip()}"
 
 
 def parse(text: str) -> list[Figure]:
@@ -175,18 +188,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.build_only:
         print(program)
         return 0
+    status, text, said = execute(program, options.timeout)
+    if status:
+        print(f"primitives: {said}", file=sys.stderr)
     try:
-        ran = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=options.timeout)
-    except subprocess.TimeoutExpired as late:
-        print(f"primitives: nothing after {options.timeout:g} s; so far:\n{late.stdout}", file=sys.stderr)
-        return 1
-    if ran.returncode:
-        print(f"primitives: exit status {ran.returncode}: {ran.stderr}{ran.stdout}", file=sys.stderr)
-        return 2 if "no GPU" in ran.stderr else 1
-    written = write(parse(ran.stdout), options.out)
+        written = write(parse(text), options.out)
+    except ValueError as nothing:
+        print(f"primitives: {nothing}", file=sys.stderr)
+        return 2 if status == 2 else 1
     print(written.read_text())
     print(f"written: {written}", file=sys.stderr)
-    return 0
+    return 1 if status else 0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in pla
 
 from bench import gpu_summary  # noqa: E402
 from bench.sources import ROOT, csrc_hash  # noqa: E402
-from bench.summary import COLUMNS, TITLES, WORDS, Cell, Line, Setting, markdown_table  # noqa: E402
-from bench.summary import read, settings, verdict  # noqa: E402
+from bench.summary import (  # noqa: E402
+    COLUMNS,
+    TITLES,
+    WORDS,
+    Cell,
+    Line,
+    Setting,
+    markdown_table,
+    read,
+    settings,
+    verdict,
+)
 from bench.terminal import Console, Table  # noqa: E402
 
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- /results -->"
@@ -161,7 +171,8 @@ def refusal(lines: Sequence[Line]) -> str | None:
     if any(line.get("quick") for line in lines):
         return "these lines are from a --quick run"
     cuda = lines[0]["device"] == "cuda"
-    if any(line.get("engine", "unknown") in ("reference", "unknown") if cuda else line["isa"] == "reference" for line in lines):
+    ran = [line.get("engine", "unknown") if cuda else line["isa"] for line in lines]
+    if {"reference", "unknown"} & set(ran):
         return "these lines were measured without the extension" + " or its CUDA engines" * cuda
     return None
 
@@ -216,7 +227,8 @@ def report_gpu(lines: Sequence[Line], base: Path, readme: Path | None, console: 
     for setting in gpu_summary.by_gpu(lines):
         section = gpu_summary.summary(setting, csrc)
         console.print(section, markup=False)
-        image = draw(setting, base.with_name(f"{base.stem}{'-2' * len(pages)}.png"), console, gpu_summary.where(setting))
+        image = base.with_name(f"{base.stem}{'-2' * len(pages)}.png")
+        image = draw(setting, image, console, gpu_summary.where(setting))
         links = f"[Every case]({relative(page, readme)})."
         if image:
             links += f"\n\n![ratio of each case, by regime]({relative(image, readme)})"

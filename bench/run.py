@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="make tables and plot from the lines afterwards")
     cuda = parser.add_argument_group("with --device cuda")
     cuda.add_argument("--engine", choices=gpu.ENGINES, help=f"force seqkern's engine, as {gpu.ENGINE} does")
-    cuda.add_argument("--limit", type=float, help="start no case after so many seconds; 0: none (default: 300, quick 40)")
+    cuda.add_argument("--limit", type=float, help="start no case after so many seconds; 0: no limit (300; quick 40)")
     return parser.parse_args(argv)
 
 

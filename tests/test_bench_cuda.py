@@ -1,4 +1,4 @@
-"""The comparison with cuDNN without a GPU: cases, the rule of cuDNN's algorithm, and a measurement with the device faked."""
+"""The comparison with cuDNN without a GPU: cases, the rule of cuDNN's algorithm, measuring on a faked device."""
 
 import os
 from dataclasses import replace
@@ -105,9 +105,13 @@ def test_engine_is_forced_inside_only(monkeypatch):
 
 
 def test_engine_as_explained(monkeypatch):
-    plan = SimpleNamespace(engine="cuda-grid", why="fits", backward="cuda-step")
-    monkeypatch.setattr(seqkern, "explain", lambda *args: plan)
-    assert gpu.engines(None, TINY) == {"engine": "grid", "engine_why": "fits", "engine_backward": "step"}
+    split = "forward: grid: weights stay on chip; 64 blocks\nbackward: step: the recurrent weights do not fit"
+    monkeypatch.setattr(seqkern, "explain", lambda *args: SimpleNamespace(engine="cuda-grid", why="w", split=split))
+    found = gpu.engines(None, TINY)
+    assert (found["engine"], found["engine_backward"]) == ("grid", "step") and "do not fit" in found["engine_why"]
+    assert "engine_backward" not in gpu.engines(None, replace(TINY, passes="infer"))
+    monkeypatch.setattr(seqkern, "explain", lambda *args: SimpleNamespace(engine="reference", why="no kernel"))
+    assert gpu.engines(None, TINY) == {"engine": "reference", "engine_why": "no kernel"}
     monkeypatch.setattr(seqkern, "explain", lambda *args: 1 / 0)
     assert gpu.engines(None, TINY)["engine"] == "unknown"
 
@@ -174,7 +178,9 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
 
 
-@pytest.mark.parametrize("changes", [{}, {"passes": "infer", "engine": "step"}, {"packed": True, "cell": "gru"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"passes": "infer", "engine": "step"}, {"packed": True, "cell": "gru"}], ids=str
+)
 def test_measure_fills_a_line(device, changes):
     case = replace(TINY, **changes)
     line = gpu_measure.measure(case, quick=True)
@@ -196,7 +202,12 @@ def test_failed_capture_is_noted(device, monkeypatch):
 
 def test_wrong_and_failing_cases_have_no_times(device, monkeypatch):
     right = seqkern.LSTM.forward
-    monkeypatch.setattr(seqkern.LSTM, "forward", lambda self, *args: (right(self, *args)[0] * 1.5, right(self, *args)[1]))
+
+    def off(self, *args):
+        y, state = right(self, *args)
+        return y * 1.5, state
+
+    monkeypatch.setattr(seqkern.LSTM, "forward", off)
     line = gpu_measure.measure(TINY, quick=True)
     assert line["wrong"].startswith("seqkern: y is off by") and "ms" not in line and "engine" in line
 

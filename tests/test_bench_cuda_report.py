@@ -1,5 +1,5 @@
-"""The comparison with cuDNN without a GPU: the driver with the device faked, the report from made-up lines, plain terminals,
-and the primitives' build and page."""
+"""The comparison with cuDNN without a GPU: the driver with the device faked, the report from made-up lines, plain
+terminals, the primitives' build and page."""
 
 import importlib.util
 import json
@@ -22,7 +22,14 @@ def gpu_line(case: Case, ratio: float, engine: str = "grid", **more):
     times |= {"ratio_low": ratio * 0.95, "ratio_high": ratio * 1.05, "us_step": 3.9, "us_peer_step": 3.9 * ratio}
     times |= {"graph_ms": 0.5, "graph_peer_ms": ratio, "graph_ratio": 2 * ratio, "error": 0.5}
     place = {"gpu": "NVIDIA H200", "cpu": "X", "isa": "avx2", "threads": 1, "device": "cuda", "peer": "torch"}
-    facts = {"driver": "580", "clock_sm": 1980.0, "clock_sm_max": 1980.0, "csrc": "old", "commit": "abc", "quick": False}
+    facts = {
+        "driver": "580",
+        "clock_sm": 1980.0,
+        "clock_sm_max": 1980.0,
+        "csrc": "old",
+        "commit": "abc",
+        "quick": False,
+    }
     return run.describe_case(case) | chosen | times | place | facts | {"engine": engine} | more
 
 
@@ -59,6 +66,7 @@ def test_report_and_readme(tmp_path, capsys, monkeypatch):
     lstm = replace(CASE, dtype="bf16", passes="infer")
     lines = [gpu_line(lstm, 4.0), gpu_line(replace(lstm, hidden=512, input=512), 1.0), gpu_line(CASE, 0.8)]
     lines += [gpu_line(replace(lstm, engine="step"), 0.5, "step"), gpu_line(replace(lstm, hidden=192), 3.0)]
+    lines.append(gpu_line(replace(lstm, passes="train"), 2.5, engine_backward="step"))
     wrong = gpu_line(replace(lstm, batch=8), 1.0) | {"wrong": "seqkern: y is off"}
     lines.append({key: value for key, value in wrong.items() if key not in ("ms", "ratio", "peer_ms")})
     path = tmp_path / "nvidia-h200.jsonl"
@@ -72,6 +80,7 @@ def test_report_and_readme(tmp_path, capsys, monkeypatch):
     text = readme.read_text()
     assert "cpu table" in text and "no figures" not in text and text.endswith(f"{report.GPU_END}\nc\n")
     assert "| per-step | grid | 2.00 (1.00), 2 |  | 4.00 (2.00), 2 |  |" in text
+    assert "| per-step | grid, backward step |  | 2.50 (2.50), 1 |" in text
     assert "| persistent | grid |  | **0.80 (0.80), 1** |" in text
     assert "| grid against cuDNN per-step, forward | 3.0 | 2.00 of 2, **missed** |" in text
     assert "| step against cuDNN per-step, forward | 1.0 | 0.50 of 1, **missed** |" in text
@@ -130,6 +139,11 @@ def test_primitives_page(tmp_path):
     assert text.index("## cluster_barrier") < text.index("## mma_sync")
     assert "| 8 | 1 | 310.2 | 600 |  |" in text and "| 16 | 1 |  |  | needs compute capability 9.0 |" in text
     assert "| 8 | 4 | 512.5 | 260 |" in text
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\nprintf \'{"name": "device", "gpu": "G"}\\n{"na\'\nexec sleep 60\n')
+    program.chmod(0o755)
+    status, text, said = primitives.execute(program, timeout=0.5)
+    assert status and "not done after 0.5 s" in said and primitives.parse(text) == [{"name": "device", "gpu": "G"}]
     for broken in ("", "x\n", '{"n": 1}\n', '{"name": "mma_sync"}\n'):
         with pytest.raises(ValueError, match="line|first"):
             primitives.parse(broken)
