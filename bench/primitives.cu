@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +46,8 @@ using Json = std::vector<std::pair<const char*, double>>;
 void print(const char* name, const Json& sizes, const Json& figures) {
   std::printf("{\"name\": \"%s\"", name);
   for (const Json* part : {&sizes, &figures})
-    for (const auto& [key, value] : *part) std::printf(", \"%s\": %.6g", key, value);
+    for (const auto& [key, value] : *part)
+      if (std::isfinite(value)) std::printf(", \"%s\": %.6g", key, value);
   std::printf("}\n");
   std::fflush(stdout);
 }
