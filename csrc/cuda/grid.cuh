@@ -120,10 +120,10 @@ template <class C, class S, int kUnits> struct GridForward {
   }
 
   SK_DEVICE void run(char* shared) const {
-    const Multiplier<S, kMTiles> product(p, shared,
-                                         RowsOfGates<S, kGates, kUnits>(w_hh_of(l, at.direction), l.hidden, at.cta));
     load_bias();
     enter();
+    const Multiplier<S, kMTiles> product(p, shared,
+                                         RowsOfGates<S, kGates, kUnits>(w_hh_of(l, at.direction), l.hidden, at.cta));
     const int steps = int(l.steps);
     const auto time = [&](int i) { return at.direction ? steps - 1 - i : i; };
     StepRows now = step_at(l, time(0)), next;

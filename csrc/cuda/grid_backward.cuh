@@ -111,9 +111,9 @@ template <class C, class S> struct GridBackward {
   }
 
   SK_DEVICE void run(char* shared) const {
+    enter();
     const Multiplier<S, 1> product(
         p, shared, ColumnsOfUnits<S, kGates>{(const S*)w_hh_of(l, at.direction), l.hidden, int64_t(at.cta) * kUnits});
-    enter();
     const int steps = int(l.steps);
     const auto time = [&](int i) { return at.direction ? i : steps - 1 - i; };
     StepRows now = step_at(l, time(0)), next;

@@ -82,15 +82,21 @@ SK_DEVICE const void* w_hh_of(const LayerArgs& l, int d) { return d ? l.weights[
 
 SK_DEVICE int clip(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
-// The (unit, row) pair of a thread, computed anew where it is asked for: addresses that derive from it then need no
-// registers during the product, which has none to spare.
+// The thread's number, as the compiler cannot know it: what derives from it, addresses above all, is computed anew in
+// each place and takes no registers between them. The product has none to spare.
+SK_DEVICE int fresh_thread() {
+  int thread = int(threadIdx.x);
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(thread));
+#endif
+  return thread;
+}
+
+// The (unit, row) pair of a thread.
 template <int kUnits> struct Own {
   int unit, row, j;  // j: the unit within the layer
   SK_DEVICE explicit Own(int cta) {
-    int thread = int(threadIdx.x);
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(thread));
-#endif
+    const int thread = fresh_thread();
     unit = thread % kUnits;
     row = thread / kUnits;
     j = cta * kUnits + unit;
@@ -137,7 +143,7 @@ struct Place {
   SK_DEVICE void wait(int pass, int begin, int end, int value) const {
     if (value == 0 || kFault == kNoWait) return;
     for (int c = begin + int(threadIdx.x) % 32; c < end; c += 32) wait_acquire(flags_of(pass) + c, value);
-    warp_sync(0xffffffffu);
+    warp_sync();
   }
 };
 
@@ -156,7 +162,7 @@ template <int kMTiles> SK_DEVICE float total(const float* sums, int warps, int m
 // One warp's part of the product: kMTiles tiles of weights by its slice of K.
 template <class S, int kMTiles> struct Multiplier {
   static constexpr int kHeld = kHeldTiles / kMTiles;                     // chunks in registers
-  static constexpr int kAhead = kMTiles == 1 ? 4 : kMTiles == 3 ? 5 : 4;  // chunks of the operand loaded at once
+  static constexpr int kAhead = kMTiles == 3 ? 3 : 4;  // chunks of the operand loaded at once
   static constexpr int kAheadSpilled = 2;
   uint32_t held[kHeld][kMTiles][2][4];
   Piece* spilled;  // [chunks - kHeld][kMTiles][2][32]
@@ -171,21 +177,20 @@ template <class S, int kMTiles> struct Multiplier {
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
+      for (int m = 0; m < kMTiles; ++m)
         if (c < chunks) fragment(weights, m, c, held[c][m]);
-        pin(held[c][m]);
-      }
 #pragma unroll 1
     for (int c = kHeld; c < chunks; ++c)
 #pragma unroll 1
       for (int m = 0; m < kMTiles; ++m) {
         uint32_t a[2][4];
         fragment(weights, m, c, a);
+#pragma unroll
         for (int s = 0; s < 2; ++s) *spilled_at(c, m, s) = {{a[s][0], a[s][1], a[s][2], a[s][3]}};
       }
   }
   template <class W> SK_DEVICE void fragment(const W& weights, int m, int c, uint32_t (&a)[2][4]) const {
-    const int group = int(threadIdx.x) % 32 / 4, quarter = int(threadIdx.x) % 4;
+    const int thread = fresh_thread(), group = thread % 32 / 4, quarter = thread % 4;
     const int64_t k = int64_t(first + c) * kChunkSize<S> + quarter * kPieceSize<S>;
     const Piece low = weights(m * kTileRows + group, k), high = weights(m * kTileRows + group + 8, k);
     constexpr int kSecond = kFault == kSwappedFragment ? 2 : 1;
@@ -196,13 +201,6 @@ template <class S, int kMTiles> struct Multiplier {
       a[s][3 - kSecond] = low.v[2 * s + 1];
       a[s][3] = high.v[2 * s + 1];
     }
-  }
-  // The values exist here: loads of later fragments are not begun while these wait, which would take registers.
-  static SK_DEVICE void pin(uint32_t (&a)[2][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int s = 0; s < 2; ++s) asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3]) : : "memory");
-#endif
   }
   SK_DEVICE Piece* spilled_at(int c, int m, int s) const { return spilled + (((c - kHeld) * kMTiles + m) * 2 + s) * 32; }
 
@@ -221,7 +219,7 @@ template <class S, int kMTiles> struct Multiplier {
  private:
   template <int kColumns> SK_DEVICE void columns(const char* operands, int row_bytes, float* sums) const {
     if (chunks == 0) return;
-    const int warp = int(threadIdx.x) / 32, group = int(threadIdx.x) % 32 / 4, quarter = int(threadIdx.x) % 4;
+    const int thread = fresh_thread(), warp = thread / 32, group = thread % 32 / 4, quarter = thread % 4;
     const char* b = operands + int64_t(group) * row_bytes + first * kChunkBytes + quarter * 16;
     float d[kMTiles][kColumns][4] = {};
 #pragma unroll
@@ -281,10 +279,13 @@ template <class S, int kMTiles> struct Multiplier {
 
 // Elements get(0) to get(kPieceSize - 1) as operands.
 template <class S, class Get> SK_DEVICE Piece piece_of(const Get& get) {
-  alignas(16) S x[kPieceSize<S>];
+  Piece p;
 #pragma unroll
-  for (int e = 0; e < kPieceSize<S>; ++e) x[e] = Operand<S>::of(get(e));
-  return reinterpret<Piece>(x);
+  for (int q = 0; q < 4; ++q) {
+    if constexpr (sizeof(S) == 4) p.v[q] = to_tf32(get(q));
+    else p.v[q] = Operand<S>::of(get(2 * q)).bits | uint32_t(Operand<S>::of(get(2 * q + 1)).bits) << 16;
+  }
+  return p;
 }
 
 }  // namespace
