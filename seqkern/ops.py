@@ -74,8 +74,9 @@ def _rnn_layer_setup(ctx, inputs, output):
 def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
+    others = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None:
-        return None, None, None, [None] * ctx.count, *[None] * 5
+        return None, None, None, [None] * ctx.count, *others
     options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.tf32)
     dx, dh0, dc0, dweights = rnn_layer_backward(
         dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
@@ -87,7 +88,7 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
         dh0 if need_h0 else None,
         dc0 if need_c0 else None,
         [g if n else None for g, n in zip(dweights, need_weights, strict=True)],
-        *[None] * 5,
+        *others,
     )
 
 
@@ -167,7 +168,7 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
     grads = [next(grads) if t is not None else None for t in wanted]
     flags = [*needed[:6], *needed[6]]
     grads = [g if n else None for g, n in zip(grads, flags, strict=True)]
-    return (*grads[:6], grads[6:], *[None] * 8)
+    return (*grads[:6], grads[6:], *[None] * (len(needed) - 7))
 
 
 torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward, setup_context=_double_setup)
