@@ -38,8 +38,8 @@ def test_registers_and_shared_memory(table):
 
 
 REPORT = """
-ptxas info    : Compiling entry function '_ZN7seqkern4cuda12_GLOBAL__N_111widen_allI{}EEvPKvPvl' for 'sm_90'
-ptxas info    : Function properties for _ZN7seqkern4cuda12_GLOBAL__N_111widen_allI{}EEvPKvPvl
+ptxas info    : Compiling entry function '_ZN7seqkern4cuda12_GLOBAL__N_19widen_allI{}EEvPKvPvl' for 'sm_90'
+ptxas info    : Function properties for _ZN7seqkern4cuda12_GLOBAL__N_19widen_allI{}EEvPKvPvl
     {} bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 10 registers, used 1 barriers, 1024 bytes smem, 440 bytes cmem[0]
 """

@@ -266,6 +266,8 @@ template <class Run> struct Layer {
     const void* w_hh = side_by_side(s.w_hh, &Weights::w_hh, gh * a.output);
     const void* w_hr = projected ? side_by_side(s.w_hr, &Weights::w_hr, a.output * a.hidden) : nullptr;
     initial_state(a.h_n, a.h0, state);
+    if (packed && projected)
+      run.zero(s.full, D * a.batch * a.hidden * io_bytes);  // read, not used, where rows are left
     void* carry = s.carry ? s.carry : cell.cell_state ? a.c_n : a.h_n;
     if (s.carry || cell.cell_state) widen_state(carry, cell.cell_state ? a.c0 : a.h0, a.hidden);
     for (int64_t i = 0; i < a.steps; ++i) {

@@ -22,6 +22,7 @@ namespace {
 
 void check_devices(const std::string& cell, const Tensor& x, std::initializer_list<const Optional*> some,
                    const Tensors& weights) {
+  STD_TORCH_CHECK(x.is_cuda(), cell, ": x must be on a GPU as other arguments are, got one elsewhere");
   auto check = [&](const Tensor& t) {
     STD_TORCH_CHECK(
         t.is_cuda() && t.get_device_index() == x.get_device_index(), cell,
