@@ -47,7 +47,7 @@ def run(case: Case, inputs: Inputs, cotangents, seed: int, device: dict | None =
 
     device: plans for it, as on a GPU; None: the step engine.
     """
-    module, dtype = host.module(), inputs.x.dtype
+    module, dtype = host.load("step"), inputs.x.dtype
     sizes, lstm = sizes_of(case, dtype, tf32), case.cell == "lstm"
 
     def new(*shape: int) -> Tensor:

@@ -224,6 +224,15 @@ template <class Run> struct Layer {
     }
     return s;
   }
+  template <class Args> Args at_step(const Step& step) const {
+    Args s{};
+    s.step = step;
+    s.batch = a.batch;
+    s.all_rows = a.rows;
+    s.output = a.output;
+    s.directions = D;
+    return s;
+  }
   int64_t most_rows(const Step& s) const { return D == 2 ? max(s.rows[0], s.rows[1]) : s.rows[0]; }
 
   void grid(const Space& s, bool backward) {
@@ -275,7 +284,10 @@ template <class Run> struct Layer {
       const int64_t n = most_rows(step);
       const bool moving = i > 0 || a.h0;  // else h is zero
       if (moving) multiply_states(a.h_n, n, w_hh, true, s.gates_h, wide, a.output, gh);
-      ForwardStep f{step, a.batch, a.rows, a.hidden, a.output, D, s.gates_x, moving ? s.gates_h : nullptr};
+      auto f = at_step<ForwardStep>(step);
+      f.hidden = a.hidden;
+      f.gates_x = s.gates_x;
+      f.gates_h = moving ? s.gates_h : nullptr;
       for (int64_t d = 0; d < D; ++d) f.b_ih[d] = a.weights[d].b_ih, f.b_hh[d] = a.weights[d].b_hh;
       f.carry = carry;
       f.h = projected ? s.full : a.h_n;
@@ -284,7 +296,10 @@ template <class Run> struct Layer {
       cell_forward(f, n);
       if (!projected) continue;
       multiply_states(s.full, n, w_hr, true, s.out, io, a.hidden, a.output);
-      OutputStep o{step, a.batch, a.rows, a.output, D, s.out, a.h_n, a.y};
+      auto o = at_step<OutputStep>(step);
+      o.from = s.out;
+      o.h = a.h_n;
+      o.y = a.y;
       with_storage(io, [&](auto t) { over_rows(output_step<decltype(t)>, o, n, a.output); });
     }
     if (s.carry && cell.cell_state) narrow_state(a.c_n, carry, nullptr, a.hidden);
@@ -326,7 +341,8 @@ template <class Run> struct Layer {
       const Step step = step_at(i, true);
       if (i > 0) through_gates(s, w_hh, most_rows(before));
       if (projected) through_projection(s, w_hr, step, before);
-      BackwardStep b{step, a.batch, a.rows, a.hidden, a.output, D};
+      auto b = at_step<BackwardStep>(step);
+      b.hidden = a.hidden;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t t = time(i, d, true), from = d ? t + 1 : t - 1;
         b.known[d] = projected ? step.rows[d] : min(before.rows[d], step.rows[d]);
@@ -362,7 +378,7 @@ template <class Run> struct Layer {
     multiply(g, false, false);
   }
   void through_projection(const Space& s, const void* w_hr, const Step& step, const Step& before) {
-    OutputStep o{step, a.batch, a.rows, a.output, D};
+    auto o = at_step<OutputStep>(step);
     for (int64_t d = 0; d < D; ++d) o.known[d] = min(before.rows[d], step.rows[d]);
     o.dh = s.dh;
     o.dh_n = a.dh_n;

@@ -103,8 +103,8 @@ SK_MATH float widen(bf16 x) { return to_float(x); }
 SK_MATH float widen(half_t x) { return to_float(x); }
 SK_MATH void narrow(double x, double& y) { y = x; }
 SK_MATH void narrow(float x, float& y) { y = x; }
-SK_MATH void narrow(float x, bf16& y) { y = from_float<bf16>(x); }
-SK_MATH void narrow(float x, half_t& y) { y = from_float<half_t>(x); }
+SK_MATH void narrow(float x, bf16& y) { y.bits = from_float<bf16>(x).bits; }
+SK_MATH void narrow(float x, half_t& y) { y.bits = from_float<half_t>(x).bits; }
 
 template <class S> constexpr int kLanes = sizeof(S) == 8 ? 1 : 4;  // of a vector: 16 bytes of float
 

@@ -12,7 +12,7 @@
 
 #include "host_launch.h"
 #include "memory.h"
-#include "grid_host.h"
+#include "../cuda/grid_entry.cuh"
 #include "../cuda/layer.h"
 
 namespace py = pybind11;
@@ -49,7 +49,15 @@ struct Host {
       else multiply<decltype(s), float>(g);
     });
   }
-  void grid(const Recurrence& r, const Plan& plan, bool backward) { host_grid(r, plan, backward, seed); }
+  void grid(const Recurrence& r, const Plan& plan, bool backward) {
+    const GridKernel kernel = grid_kernel(r.cell, r.dtype, plan, backward);
+    if (!kernel) throw std::invalid_argument("grid: no kernel for this cell, dtype and plan");
+    for (int d = 0; d < int(r.layer.directions); d += plan.directions) {
+      const GridArgs args{r, d, plan.tiles, plan.batch_tile, plan.ctas};
+      host_launch(kernel, {unsigned(plan.grid())}, {unsigned(plan.threads)}, plan.shared_bytes,
+                  seed + uint64_t(launches++), args);
+    }
+  }
 
   template <class S> static Wide<S> operand(S x, bool tf32) {
     if constexpr (sizeof(S) == 4) {
@@ -185,10 +193,14 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
 }  // namespace
 }}  // namespace seqkern::cuda
 
+namespace seqkern { namespace testing {
+
 void bind_step(py::module_& m) {
-  m.def("layer", seqkern::cuda::layer,
+  m.def("layer", cuda::layer,
         "Runs a whole layer, forward or backward, on the step engine or as planned for `device`; writes the arrays of "
         "`outputs`; returns the engine and how many launches and products it took.",
         py::arg("sizes"), py::arg("backward"), py::arg("inputs"), py::arg("outputs"), py::arg("seed"),
         py::arg("device") = py::none());
 }
+
+}}  // namespace seqkern::testing
