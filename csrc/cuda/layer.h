@@ -199,8 +199,7 @@ template <class Run> struct Layer {
     if (!g.ldb) g.ldb = b_t ? g.k : g.n;
     if (!g.m || !g.n) return;
     if (g.k) return run.gemm(g);
-    for (int64_t i = 0; i < g.m && !g.accumulate; ++i)
-      run.zero(shift(g.c, i * g.ldc * bytes_of(g.out)), g.n * bytes_of(g.out));
+    if (!g.accumulate) run.zero(g.c, g.m * g.n * bytes_of(g.out));  // an input of no columns: all of C, dense
   }
   // rows [0, n) of a state [D, B, k] by each direction's weights.
   void multiply_states(const void* states, int64_t n, const void* w, bool w_t, void* to, Dtype out, int64_t k,

@@ -67,12 +67,21 @@ Shape shape_of(const Problem& p, Dtype dtype, bool tf32) {
   return {p.cell.cell, dtype, tf32, p.steps, p.batch, p.hidden, p.output, p.directions, p.packed};
 }
 
-// x as [N, I], its rows a constant stride apart.
-Tensor as_rows(const Tensor& x, const Problem& p) {
-  const bool dense_columns = x.stride(-1) == 1;
-  if (p.packed) return dense_columns && x.stride(0) >= p.input ? x : dense(x);
-  const bool even = p.steps == 1 || x.stride(0) == p.batch * x.stride(1);
-  return dense_columns && even && x.stride(1) >= p.input ? x : dense(x);
+// x as [N, I]: its rows' distance in memory, the same from each to the next; 0 where there is none.
+int64_t row_stride(const Tensor& x, const Problem& p) {
+  if (x.stride(-1) != 1 && p.input > 1) return 0;
+  int64_t row = p.input;  // strides of dimensions of size 1 say nothing
+  if (p.packed && p.rows > 1) row = x.stride(0);
+  if (!p.packed && p.batch > 1) row = x.stride(1);
+  if (!p.packed && p.batch == 1 && p.steps > 1) row = x.stride(0);
+  const bool even = p.packed || p.steps == 1 || p.batch == 1 || x.stride(0) == p.batch * row;
+  return even && row >= p.input ? row : 0;
+}
+// The sequence x for the products over all steps; `x` is replaced by a dense copy where it has to be.
+Sequence as_rows(Tensor& x, const Problem& p) {
+  int64_t row = row_stride(x, p);
+  if (!row) x = dense(x), row = p.input;
+  return {data(x), 0, row, p.packed};
 }
 
 void run(LayerCall& call, const Problem& p, const std::string& cell, const Tensor& x, bool backward) {
@@ -94,12 +103,13 @@ ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Opti
   check_devices(cell, x, {&h0, &c0}, weights);
   auto [y, h_n, c_n, reserve] = forward_outputs(p, x, save);
   if (p.rows == 0) return {y, h_n, c_n, reserve};
-  x = as_rows(x, p);
+  const Sequence rows = as_rows(x, p);
   h0 = dense(h0);
   c0 = dense(c0);
   for (Tensor& w : weights) w = dense(w);
   LayerCall call{common_args(p, x, h0, c0, weights, y, save && p.cell.saved ? Optional(reserve) : std::nullopt),
                  p.cell.cell, kernel_dtype(cell, x.scalar_type()), tf32, nullptr};
+  call.layer.x = rows;
   call.layer.h_n = data(h_n);
   call.layer.c_n = p.cell.cell == Cell::kLstm ? data(c_n) : nullptr;
   run(call, p, cell, x, false);
@@ -120,7 +130,7 @@ BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Op
   Wanted{cell, x.scalar_type()}.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
   auto [dx, dh0, dc0, dweights] = backward_outputs(p, x, weights, need_dx, need_dw);
   if (p.rows == 0) return {dx, dh0, dc0, dweights};
-  x = as_rows(x, p);
+  const Sequence rows = as_rows(x, p);
   h0 = dense(h0);
   c0 = dense(c0);
   y = dense(y);
@@ -132,6 +142,7 @@ BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Op
   LayerCall call{common_args(p, x, h0, c0, weights, y, reserve), p.cell.cell, kernel_dtype(cell, x.scalar_type()), tf32,
                  nullptr};
   LayerArgs& a = call.layer;
+  a.x = rows;
   if (dy) a.dy = sequence(*dy, p.packed);
   a.dh_n = data(dh_n);
   a.dc_n = data(dc_n);

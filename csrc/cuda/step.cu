@@ -10,9 +10,12 @@ namespace {
 // cuBLAS as torch loaded it. It is looked up when it is first used, so that a build with CUDA imports on machines
 // without; the declarations are those of cublas_api.h, which not every toolkit has.
 struct Blas {
-  using GemmEx = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, long long, const void*,
-                         int, int, long long, const void*, void*, int, int, long long, int, int, int);
-  GemmEx gemm;
+  using Batched = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, long long, const void*,
+                          int, int, long long, const void*, void*, int, int, long long, int, int, int);
+  using Single = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
+                         const void*, void*, int, int, int, int);
+  Batched batched;
+  Single single;  // cuts K where that pays; the batched one need not
   int (*get_math)(void*, int*);
   int (*set_math)(void*, int);
   const char* (*status)(int);
@@ -25,11 +28,12 @@ struct Blas {
     for (const char* name : kNames)
       if (!library) library = dlopen(name, RTLD_LAZY);
     auto find = [&](const char* name) { return library ? dlsym(library, name) : nullptr; };
-    gemm = (GemmEx)find("cublasGemmStridedBatchedEx");
+    batched = (Batched)find("cublasGemmStridedBatchedEx");
+    single = (Single)find("cublasGemmEx");
     get_math = (int (*)(void*, int*))find("cublasGetMathMode");
     set_math = (int (*)(void*, int))find("cublasSetMathMode");
     status = (const char* (*)(int))find("cublasGetStatusString");
-    if (!gemm || !get_math || !set_math || !status) error = "cuBLAS was not found";
+    if (!batched || !single || !get_math || !set_math || !status) error = "cuBLAS was not found";
   }
 };
 const Blas& blas() {
@@ -87,9 +91,14 @@ struct OnStream {
     const bool f64 = g.in == Dtype::kF64;
     const void *one = f64 ? (const void*)&one64 : &one32, *beta = f64 ? (const void*)&beta64 : &beta32;
     const int sums = f64 ? kSums64 : g.in == Dtype::kF32 && g.tf32 ? kTf32 : kSums32;
-    check(blas().gemm(handle, g.b_t ? kTranspose : kKeep, g.a_t ? kTranspose : kKeep, int(g.n), int(g.m), int(g.k), one,
-                      g.b, blas_type(g.in), int(g.ldb), g.stride_b, g.a, blas_type(g.in), int(g.lda), g.stride_a, beta,
-                      g.c, blas_type(g.out), int(g.ldc), g.stride_c, int(g.batch), sums, -1));
+    const int op_b = g.b_t ? kTranspose : kKeep, op_a = g.a_t ? kTranspose : kKeep;
+    const int m = int(g.m), n = int(g.n), k = int(g.k), lda = int(g.lda), ldb = int(g.ldb), ldc = int(g.ldc);
+    const int in = blas_type(g.in), out = blas_type(g.out);
+    if (g.batch == 1)
+      check(blas().single(handle, op_b, op_a, n, m, k, one, g.b, in, ldb, g.a, in, lda, beta, g.c, out, ldc, sums, -1));
+    else
+      check(blas().batched(handle, op_b, op_a, n, m, k, one, g.b, in, ldb, g.stride_b, g.a, in, lda, g.stride_a, beta,
+                           g.c, out, ldc, g.stride_c, int(g.batch), sums, -1));
   }
   void copy(void* to, const void* from, int64_t bytes) {
     if (!error && bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
