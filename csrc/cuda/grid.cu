@@ -1,48 +1,20 @@
 // The `grid` engine's kernels for every cell and dtype, and their launches.
 #include <cuda_runtime.h>
 
-#include "grid.cuh"
-#include "grid_backward.cuh"
+#include "grid_entry.cuh"
 
 namespace seqkern { namespace cuda {
 namespace {
 
-using Entry = void (*)(GridArgs);
-
-template <class C, class S> Entry entry(bool backward, int units) {
-  if (backward) return grid_backward_kernel<C, S>;
-  // The planner gives half the units to cells of several gates only.
-  if constexpr (C::kGates > 1)
-    if (units == kHalfUnits) return grid_forward_kernel<C, S, kHalfUnits>;
-  return units == kFullUnits ? Entry(grid_forward_kernel<C, S, kFullUnits>) : nullptr;
-}
-template <class C> Entry entry(Dtype dtype, bool backward, int units) {
-  switch (dtype) {
-    case Dtype::kF32: return entry<C, float>(backward, units);
-    case Dtype::kBf16: return entry<C, bf16>(backward, units);
-    case Dtype::kF16: return entry<C, half_t>(backward, units);
-    default: return nullptr;
-  }
-}
-Entry entry(Cell cell, Dtype dtype, const Plan& p, bool backward) {
-  switch (cell) {
-    case Cell::kRnnTanh: return entry<RnnTanh>(dtype, backward, p.units_per_cta);
-    case Cell::kRnnRelu: return entry<RnnRelu>(dtype, backward, p.units_per_cta);
-    case Cell::kLstm: return entry<Lstm>(dtype, backward, p.units_per_cta);
-    case Cell::kGru: return entry<Gru>(dtype, backward, p.units_per_cta);
-  }
-  return nullptr;
-}
-
 Error text(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
 
-cudaError_t allow_shared(Entry kernel, const Plan& p) {
+cudaError_t allow_shared(GridKernel kernel, const Plan& p) {
   return cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(p.shared_bytes));
 }
 
 // Directions that do not fit side by side run one after the other, each in its own part of the workspace.
 Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
-  const Entry kernel = entry(r.cell, r.dtype, p, backward);
+  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward);
   if (!kernel) return "grid: no kernel for this cell, dtype and plan";
   cudaError_t e = allow_shared(kernel, p);
   for (int d = 0; d < int(r.layer.directions) && e == cudaSuccess; d += p.directions) {
@@ -50,7 +22,8 @@ Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
     void* parameters[] = {&args};
     e = cudaLaunchCooperativeKernel((const void*)kernel, dim3(p.grid()), dim3(p.threads), parameters,
                                     size_t(p.shared_bytes), cudaStream_t(stream));
-    if (e == cudaSuccess) e = cudaGetLastError();
+    const cudaError_t last = cudaGetLastError();
+    if (e == cudaSuccess) e = last;
   }
   return text(e);
 }
@@ -58,7 +31,7 @@ Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
 }  // namespace
 
 bool grid_fits(Cell cell, Dtype dtype, const Plan& p, bool backward) {
-  const Entry kernel = entry(cell, dtype, p, backward);
+  const GridKernel kernel = grid_kernel(cell, dtype, p, backward);
   int device = 0, sms = 0, blocks = 0;
   const bool known = kernel && cudaGetDevice(&device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&

@@ -73,7 +73,11 @@ template <> struct Operand<float> {
 
 template <class S> SK_DEVICE float load(const S* p) { return to_float(*p); }
 template <class S> SK_DEVICE float load_or_zero(const void* p, int64_t i) { return p ? load((const S*)p + i) : 0.f; }
-template <class S> SK_DEVICE void store(float x, void* p, int64_t i) { ((S*)p)[i] = from_float<S>(x); }
+template <class S> SK_DEVICE void store(float x, void* p, int64_t i) {
+  // By the member: a call's result stored whole is a store that host execution does not see.
+  if constexpr (sizeof(S) == 2) ((S*)p)[i].bits = from_float<S>(x).bits;
+  else ((S*)p)[i] = x;
+}
 
 // One of two directions' values: a kernel's parameters are not indexed at run time, which would copy them to the stack.
 template <class T> SK_DEVICE T of(const T (&x)[kMaxDirections], int d) { return d ? x[1] : x[0]; }

@@ -26,12 +26,21 @@
 
 namespace seqkern { namespace cuda {
 
+// Tests make these two smaller, so that small problems reach every path.
+#ifndef SK_PRODUCT_WARPS
+#define SK_PRODUCT_WARPS 8
+#endif
+#ifndef SK_HELD_TILES
+#define SK_HELD_TILES 16
+#endif
+
 constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kProductWarps = SK_PRODUCT_WARPS;  // that K is shared out to
 constexpr int kTileRows = 16;      // M of an mma
 constexpr int kPassRows = 16;      // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
 constexpr int kMaxPasses = 8;      // of a batch tile
 constexpr int kChunkBytes = 64;    // two mma steps along K: 32 elements of 16 bits, 16 of 32
-constexpr int kHeldTiles = 16;     // 8 registers each: 128 of the 255 that a thread of 256 may have
+constexpr int kHeldTiles = SK_HELD_TILES;  // 8 registers each: 128 of the 255 that a thread of 256 may have
 constexpr int kFragmentBytes = 1024;  // an M tile and a chunk, a warp: 32 bytes a lane
 constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
 constexpr int kMinSteps = 2;       // below, loading the weights on chip does not pay: one step reads them once anyway
@@ -88,12 +97,12 @@ struct Product {
   SK_PLAN constexpr Product(int tiles, int64_t k_bytes)
       : m_tiles(tiles),
         row_bytes(int(ceil_div(k_bytes, kChunkBytes) * kChunkBytes)),
-        warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kWarps))),
+        warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kProductWarps))),
         warps(int(ceil_div(row_bytes / kChunkBytes, warp_chunks))),
         spilled(warp_chunks > kHeldTiles / tiles ? warp_chunks - kHeldTiles / tiles : 0) {}
   // Shared memory, in this order: weights; partial sums [warps][2][m_tiles][16][8] floats.
-  SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kWarps) * spilled * m_tiles * kFragmentBytes; }
-  SK_PLAN constexpr int64_t sum_bytes() const { return int64_t(kWarps) * m_tiles * kTileRows * kPassRows * 4; }
+  SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kProductWarps) * spilled * m_tiles * kFragmentBytes; }
+  SK_PLAN constexpr int64_t sum_bytes() const { return int64_t(kProductWarps) * m_tiles * kTileRows * kPassRows * 4; }
 };
 
 // A tile's workspace: the exchanged rows [2][passes * kPassRows][row_bytes], then the flags [passes][ctas].
@@ -156,12 +165,14 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates.
   const detail::Kind kind{backward, gates, int(lstm || gru), bytes};
   Plan full = tiles_for(s, d, kind, kFullUnits);
-  // Half the units in a CTA halve its product; it pays while SMs would be idle and no tile of the batch grows for it.
-  // A cell of one gate has nothing to halve: its M tile would be half empty.
-  if (backward || gates == 1 || (full.engine == Engine::kGrid && full.batch_tile > kPassRows)) return full;
+  // Half the units in a CTA halve its product. It pays where the product is more than a chunk for each warp, SMs would be
+  // idle and no tile of the batch grows for it. A cell of one gate has nothing to halve: its M tile would be half empty.
+  if (full.engine != Engine::kGrid || backward || gates == 1 || full.batch_tile > kPassRows ||
+      kind.product(s.hidden, kFullUnits).warp_chunks < 2)
+    return full;
   const Plan half = tiles_for(s, d, kind, kHalfUnits);
-  if (half.engine != Engine::kGrid || full.engine != Engine::kGrid) return full;
-  return half.directions == full.directions && half.batch_tile == full.batch_tile ? half : full;
+  const bool pays = half.engine == Engine::kGrid && half.directions == full.directions && half.batch_tile == full.batch_tile;
+  return pays ? half : full;
 }
 
 }  // namespace detail
