@@ -23,14 +23,6 @@ struct CellShape {
 template <class C> constexpr CellShape kShapeOf{
     C::kGates, C::kSaved, C::kGrads, C::kCarry == Carry::kCell, C::kCarry == Carry::kHidden, C::kOrder};
 
-template <class F> void with_cell(Cell cell, const F& f) {
-  switch (cell) {
-    case Cell::kRnnTanh: return f(RnnTanh{});
-    case Cell::kRnnRelu: return f(RnnRelu{});
-    case Cell::kLstm: return f(Lstm{});
-    case Cell::kGru: return f(Gru{});
-  }
-}
 template <class F> void with_storage(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::kF64: return f(double{});

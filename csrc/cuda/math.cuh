@@ -30,18 +30,14 @@ template <class V> SK_MATH V positive(V x) { return x > V(0) ? V(1) : V(0); }
 
 namespace seqkern { namespace SK_NS { namespace {
 
-template <Cell kCell> struct CellOf;
-template <> struct CellOf<Cell::kRnnTanh> {
-  using Type = RnnTanh;
-};
-template <> struct CellOf<Cell::kRnnRelu> {
-  using Type = RnnRelu;
-};
-template <> struct CellOf<Cell::kLstm> {
-  using Type = Lstm;
-};
-template <> struct CellOf<Cell::kGru> {
-  using Type = Gru;
-};
+// f(a cell of the type that the number stands for).
+template <class F> void with_cell(Cell cell, const F& f) {
+  switch (cell) {
+    case Cell::kRnnTanh: return f(RnnTanh{});
+    case Cell::kRnnRelu: return f(RnnRelu{});
+    case Cell::kLstm: return f(Lstm{});
+    case Cell::kGru: return f(Gru{});
+  }
+}
 
 }}}  // namespace seqkern::SK_NS
