@@ -25,13 +25,14 @@ ENGINE = "SEQKERN_CUDA_ENGINE"
 
 
 def to(device: str, t):
-    """Tensors, and what tuples and lists hold of them, on a device; strides stay."""
-    if isinstance(t, Tensor):
-        if t.numel() == 0 or t.is_contiguous():
-            return t.to(device)
-        moved = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
-        return t.to(device).expand_as(t) if 0 in t.stride() else moved.copy_(t)
-    return [to(device, part) for part in t] if isinstance(t, (list, tuple)) else t
+    """Tensors, and what tuples and lists hold of them, on a device; strides stay, those of 0 too."""
+    if isinstance(t, (list, tuple)):
+        return [to(device, part) for part in t]
+    if not isinstance(t, Tensor):
+        return t
+    once = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+    moved = torch.empty_strided(once.size(), once.stride(), dtype=t.dtype, device=device)
+    return moved.copy_(once).expand(t.shape)
 
 
 def inputs_on(case: Case, dtype: torch.dtype, device: str = "cuda") -> Inputs:
