@@ -139,7 +139,7 @@ template <class C, class S, int kUnits> struct GridForward {
         // this one, h0.
         product.wait(at, pass, kUnits, before > base ? i + 1 : l.h0 ? 1 : 0);
         product.multiply(live, at.operands(i, pass), at.row_bytes, sums);
-        if (kFault != kNoBarrierBeforeSum) block_sync();
+        block_sync();
         cell(i, pass, live, v);
         at.publish(pass, i + 2);
         keep(now, next, pass, live, v);

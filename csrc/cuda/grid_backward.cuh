@@ -130,7 +130,7 @@ template <class C, class S> struct GridBackward {
           product.wait(at, pass, kUnits * kGates, i);
           product.multiply(known, at.operands(i, pass), at.row_bytes, sums);
         }
-        if (kFault != kNoBarrierBeforeSum) block_sync();
+        block_sync();
         cell(i, pass, known, live, v);
         at.publish(pass, i + 1);
         keep(now, pass, known, live, v);

@@ -31,10 +31,6 @@
 #define SK_PARAMETER const
 #endif
 
-#ifndef SK_MUTATE
-#define SK_MUTATE 0
-#endif
-
 namespace seqkern { namespace cuda {
 
 struct GridArgs {
@@ -43,10 +39,6 @@ struct GridArgs {
 };
 
 namespace {
-
-// Tests plant one of these, to see that host execution finds it.
-enum Fault { kNoFault, kNoWait, kNoBarrierBeforeFlag, kNoBarrierBeforeSum, kSwappedFragment };
-constexpr Fault kFault = Fault(SK_MUTATE);
 
 struct alignas(16) Piece { uint32_t v[4]; };
 struct alignas(8) Pair { float x, y; };
@@ -140,12 +132,12 @@ struct Place {
   }
   SK_DEVICE const int* flags_of(int pass) const { return flags + int64_t(pass) * ctas; }
   SK_DEVICE void publish(int pass, int value) const {
-    if (kFault != kNoBarrierBeforeFlag) block_sync();
+    block_sync();
     if (threadIdx.x == 0) signal_release(flags + int64_t(pass) * ctas + cta, value);
   }
   // For a warp: until the CTAs [begin, end) have published `value`.
   SK_DEVICE void wait(int pass, int begin, int end, int value) const {
-    if (value == 0 || kFault == kNoWait) return;
+    if (value == 0) return;
     for (int c = begin + int(threadIdx.x) % 32; c < end; c += 32) wait_acquire(flags_of(pass) + c, value);
     warp_sync();
   }
@@ -197,12 +189,11 @@ template <class S, int kMTiles> struct Multiplier {
     const int thread = fresh_thread(), group = thread % 32 / 4, quarter = thread % 4;
     const int64_t k = int64_t(first + c) * kChunkSize<S> + quarter * kPieceSize<S>;
     const Piece low = weights(m * kTileRows + group, k), high = weights(m * kTileRows + group + 8, k);
-    constexpr int kSecond = kFault == kSwappedFragment ? 2 : 1;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       a[s][0] = low.v[2 * s];
-      a[s][kSecond] = high.v[2 * s];
-      a[s][3 - kSecond] = low.v[2 * s + 1];
+      a[s][1] = high.v[2 * s];
+      a[s][2] = low.v[2 * s + 1];
       a[s][3] = high.v[2 * s + 1];
     }
   }

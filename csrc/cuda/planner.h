@@ -26,21 +26,13 @@
 
 namespace seqkern { namespace cuda {
 
-// Tests make these two smaller, so that small problems reach every path.
-#ifndef SK_PRODUCT_WARPS
-#define SK_PRODUCT_WARPS 8
-#endif
-#ifndef SK_HELD_TILES
-#define SK_HELD_TILES 16
-#endif
-
 constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kProductWarps = SK_PRODUCT_WARPS;  // that K is shared out to
+constexpr int kProductWarps = kWarps;  // that K is shared out to
 constexpr int kTileRows = 16;      // M of an mma
 constexpr int kPassRows = 16;      // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
 constexpr int kMaxPasses = 8;      // of a batch tile
 constexpr int kChunkBytes = 64;    // two mma steps along K: 32 elements of 16 bits, 16 of 32
-constexpr int kHeldTiles = SK_HELD_TILES;  // 8 registers each: 128 of the 255 that a thread of 256 may have
+constexpr int kHeldTiles = 16;     // 8 registers each: 128 of the 255 that a thread of 256 may have
 constexpr int kFragmentBytes = 1024;  // an M tile and a chunk, a warp: 32 bytes a lane
 constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
 constexpr int kMinSteps = 2;       // below, loading the weights on chip does not pay: one step reads them once anyway
