@@ -41,6 +41,12 @@ def find_nvcc() -> str | None:
     return next((str(p / "nvcc") for p in places if os.access(p / "nvcc", os.X_OK)), None)
 
 
+def release(nvcc: str) -> str:
+    """The toolkit's release, as in "13.0"."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", told).group(1)
+
+
 def cuda_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -113,8 +119,8 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
     return dict(sorted(table.items()))
 
 
-def write(table: dict[str, dict[int, Usage]], path: Path) -> None:
-    lines = ["kernel\t" + "\t".join(f"sm_{a}" for a in ARCHS) + "\tshared"]
+def write(table: dict[str, dict[int, Usage]], toolkit: str, path: Path) -> None:
+    lines = [f"kernel, nvcc {toolkit}\t" + "\t".join(f"sm_{a}" for a in ARCHS) + "\tshared"]
     for name, by_arch in table.items():
         registers = "\t".join(str(by_arch[a].registers) for a in ARCHS)
         lines.append(f"{name}\t{registers}\t{max(u.shared for u in by_arch.values())}")
@@ -122,11 +128,12 @@ def write(table: dict[str, dict[int, Usage]], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def read(path: Path) -> dict[str, tuple[dict[int, int], int]]:
-    """Registers by architecture and bytes of static shared memory, by kernel."""
+def read(path: Path) -> tuple[str, dict[str, tuple[dict[int, int], int]]]:
+    """The toolkit's release; registers by architecture and bytes of static shared memory, by kernel."""
     head, *rows = [line.split("\t") for line in path.read_text().splitlines()]
     archs = [int(name.removeprefix("sm_")) for name in head[1:-1]]
-    return {r[0]: (dict(zip(archs, map(int, r[1:-1]), strict=True)), int(r[-1])) for r in rows}
+    kernels = {r[0]: (dict(zip(archs, map(int, r[1:-1]), strict=True)), int(r[-1])) for r in rows}
+    return head[0].rpartition(" ")[2], kernels
 
 
 def spills(table: dict[str, dict[int, Usage]]) -> list[str]:
@@ -154,7 +161,7 @@ def main() -> None:
     wrong = spills(table)
     print(f"{len(table)} kernels, {len(wrong)} spills")
     if write_table:
-        write(table, TABLE)
+        write(table, release(nvcc), TABLE)
     if wrong:
         sys.exit("\n".join(wrong))
 

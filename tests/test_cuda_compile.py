@@ -1,7 +1,7 @@
 """What ptxas makes of the CUDA kernels: none spills, and none has grown out of the table in tests/data.
 
 `make cuda-check` compiles them with the same script, with a toolkit from PyPI where the machine has none;
-`python tests/cuda_compile.py --write` writes the table anew. Another toolkit version may differ by some registers.
+`python tests/cuda_compile.py --write` writes the table anew. Registers are compared with the toolkit that the table names.
 """
 
 import cuda_compile
@@ -23,14 +23,18 @@ def test_nothing_spills(table):
 
 
 def test_every_kernel_stands_in_the_table(table):
-    expected = cuda_compile.read(cuda_compile.TABLE)
+    _, expected = cuda_compile.read(cuda_compile.TABLE)
     assert expected.keys() == table.keys()
     assert all(set(by_arch) == set(cuda_compile.ARCHS) for by_arch in table.values())
 
 
 def test_registers_and_shared_memory(table):
+    toolkit, expected = cuda_compile.read(cuda_compile.TABLE)
+    found = cuda_compile.release(cuda_compile.find_nvcc())
+    if found != toolkit:
+        pytest.skip(f"the table is from nvcc {toolkit}, this is {found}")
     grown = []
-    for name, (registers, shared) in cuda_compile.read(cuda_compile.TABLE).items():
+    for name, (registers, shared) in expected.items():
         for arch, usage in table.get(name, {}).items():
             if usage.registers > registers[arch] + MARGIN or usage.shared > shared:
                 grown.append(f"{name} for sm_{arch}: {usage}, expected {registers[arch]} registers, {shared} bytes")
