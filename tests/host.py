@@ -1,7 +1,7 @@
-"""Builds and loads seqkern_testing, the kernels of csrc/cuda for host execution, and keeps what it built.
+"""Builds and loads seqkern_testing_*, the kernels of csrc/cuda for host execution, and keeps what it built.
 
 `load("simt")` gives csrc/testing/simt_module.cpp with what runs it. A source is compiled again when it, or a header that
-it includes, has changed. With SEQKERN_HOST_SANITIZE=1 in the environment the build is under AddressSanitizer and
+it includes, has changed. `load("grid", "SK_SOME=1")` gives another build of it, with that macro. With SEQKERN_HOST_SANITIZE=1 in the environment the build is under AddressSanitizer and
 UndefinedBehaviorSanitizer, for a process that has libasan preloaded (`sanitizer_environment`).
 """
 
@@ -47,43 +47,48 @@ def _included(source: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
-def _flags(source: Path) -> list[str]:
-    if SANITIZE:
-        return FLAGS + ASAN
-    return FLAGS + HOOKS if source.name.endswith("_module.cpp") else FLAGS
-
-
 def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _compile(source: Path) -> Path:
+def _compile(source: Path, name: str, flags: list[str]) -> Path:
+    """The object file; of one name, the latest is kept."""
+    if SANITIZE:
+        flags = flags + ASAN
+    elif source.name.endswith("_module.cpp"):
+        flags = flags + HOOKS
     files = sorted(_included(source))
-    key = _key(CXX, _flags(source), [(str(f.relative_to(ROOT)), f.read_bytes()) for f in files])
-    made = BUILD / f"{source.stem}-{key}.o"
+    key = _key(CXX, FLAGS, flags, [(str(f.relative_to(ROOT)), f.read_bytes()) for f in files])
+    made = BUILD / f"{name}-{key}.o"
     if not made.exists():
-        subprocess.run([CXX, *_flags(source), "-c", source, "-o", made.with_suffix(".new")], check=True)
-        for old in BUILD.glob(f"{source.stem}-*.o"):
+        subprocess.run([CXX, *FLAGS, *flags, "-c", source, "-o", made.with_suffix(".new")], check=True)
+        for old in BUILD.glob(f"{name}-*.o"):
             old.unlink()
         made.with_suffix(".new").rename(made)
     return made
 
 
-def build(part: str) -> Path:
+def build(part: str, *defines: str) -> Path:
     """The path of the module with this part."""
-    if not (TESTING / f"{part}_module.cpp").exists():
-        raise FileNotFoundError(f"no part {part}: {TESTING / f'{part}_module.cpp'} does not exist")
+    source = TESTING / f"{part}_module.cpp"
+    if not source.exists():
+        raise FileNotFoundError(f"no part {part}: {source} does not exist")
     if not shutil.which(CXX):
         raise FileNotFoundError(f"host execution needs a C++20 compiler, and {CXX} was not found")
-    common = [f for f in TESTING.glob("*.cpp") if not f.name.endswith("_module.cpp")]
+    variant = f"_{_key(defines)}" if defines else ""
+    name = f"seqkern_testing_{part}{variant}"
+    macros = [f"-D{define}" for define in defines]
+    common = [f for f in sorted(TESTING.glob("*.cpp")) if f.stem != "module" and not f.stem.endswith("_module")]
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [_compile(f) for f in [*sorted(common), TESTING / f"{part}_module.cpp"]]
-        folder = BUILD / f"{part}-{_key([o.name for o in objects])}"
-        made = folder / f"seqkern_testing{sysconfig.get_config_var('EXT_SUFFIX')}"
+        objects = [_compile(f, f.stem, []) for f in common]
+        objects.append(_compile(TESTING / "module.cpp", f"module_{part}{variant}", [f"-DSK_MODULE={name}"]))
+        objects.append(_compile(source, f"{source.stem}{variant}", macros))
+        folder = BUILD / f"{part}{variant}-{_key([o.name for o in objects])}"
+        made = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not made.exists():
-            for old in BUILD.glob(f"{part}-*/"):
+            for old in BUILD.glob(f"{part}{variant}-*/"):
                 shutil.rmtree(old)
             folder.mkdir()
             link = [CXX, "-shared", *(ASAN if SANITIZE else []), "-o", made.with_suffix(".new"), *objects, "-ldl"]
@@ -93,9 +98,10 @@ def build(part: str) -> Path:
 
 
 @functools.cache
-def load(part: str) -> ModuleType:
-    """seqkern_testing with the functions that csrc/testing/{part}_module.cpp binds."""
-    spec = importlib.util.spec_from_file_location("seqkern_testing", build(part))
+def load(part: str, *defines: str) -> ModuleType:
+    """The module with the functions that csrc/testing/{part}_module.cpp binds; defines: macros as NAME=VALUE."""
+    path = build(part, *defines)
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

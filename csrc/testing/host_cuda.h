@@ -14,7 +14,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 // There is no __shared__: shared memory is declared by the macros below, in which every access is checked.
-#define SK_DEVICE inline
+// Inlined, as on the device, and because GCC's instrumentation (memory.h) leaves out where a call stores its result.
+#define SK_DEVICE inline __attribute__((always_inline))
 #define SK_SHARED(type, name) type* const name = static_cast<type*>(::seqkern::host::dynamic_shared())
 #define SK_SHARED_STATIC(type, name, count)                                                             \
   static const char name##_key = 0;                                                                     \
@@ -83,13 +84,19 @@ void store_async(void* to, const void* value, int bytes, uint64_t* barrier);
 
 // ---- numbers
 
-inline float to_float(float x) { return x; }
-float to_float(bf16 x);
-float to_float(half_t x);
+namespace host {
+float of_bf16(uint16_t bits);
+float of_f16(uint16_t bits);
+uint16_t to_bf16(float x);
+uint16_t to_f16(float x);
+}  // namespace host
+SK_DEVICE float to_float(float x) { return x; }
+SK_DEVICE float to_float(bf16 x) { return host::of_bf16(x.bits); }
+SK_DEVICE float to_float(half_t x) { return host::of_f16(x.bits); }
 template <class S> S from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> bf16 from_float<bf16>(float x);
-template <> half_t from_float<half_t>(float x);
+template <> SK_DEVICE float from_float<float>(float x) { return x; }
+template <> SK_DEVICE bf16 from_float<bf16>(float x) { return {host::to_bf16(x)}; }
+template <> SK_DEVICE half_t from_float<half_t>(float x) { return {host::to_f16(x)}; }
 uint32_t to_tf32(float x);
 
 // ---- block and warp
@@ -98,25 +105,26 @@ void block_sync(const host::Site& at = host::Site::current());
 void warp_sync(uint32_t mask = kWarpMask, const host::Site& at = host::Site::current());
 uint32_t ballot(bool x, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current());
 template <class T>
-T shfl(T value, int from, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
+SK_DEVICE T shfl(T value, int from, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
   return host::shuffle<T, host::from_lane>(host::WarpOp::kShfl, value, from, mask, at);
 }
 template <class T>
-T shfl_xor(T value, int x, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
+SK_DEVICE T shfl_xor(T value, int x, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
   return host::shuffle<T, host::from_xor>(host::WarpOp::kShflXor, value, x, mask, at);
 }
 template <class T>
-T shfl_down(T value, int delta, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
+SK_DEVICE T shfl_down(T value, int delta, uint32_t mask = kWarpMask, const host::Site& at = host::Site::current()) {
   return host::shuffle<T, host::from_down>(host::WarpOp::kShflDown, value, delta, mask, at);
 }
 
 // ---- global memory, between blocks
 
-template <class T> T ld_cg(const T* p) {
+template <class T> SK_DEVICE T ld_cg(const T* p) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  asm volatile("" ::: "memory");  // loads anew every time, as on the device
   return *p;
 }
-template <class T> void st_cg(T* p, const T& x) {
+template <class T> SK_DEVICE void st_cg(T* p, const T& x) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   *p = x;
 }

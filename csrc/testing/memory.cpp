@@ -210,8 +210,8 @@ int64_t first_unwritten(const void* p, int64_t bytes) {
   return found;
 }
 
-void begin_copy(void* p, int64_t bytes) {
-  check(p, bytes, Access::kWrite);
+void begin_copy(void* p, int64_t bytes, const void* address) {
+  check_aligned(p, bytes, Access::kWrite, address);
   if (!is_tracked(p)) return;
   memset(p, 0xff, size_t(bytes));
   each_cell(p, bytes, [](Cell& c, uint8_t mask, uintptr_t) {

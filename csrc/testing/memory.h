@@ -46,13 +46,14 @@ std::string describe(const void* p);  // "byte 12 of `name` (64 bytes)"
 // The region that begins at p is not to be touched any more, for this reason.
 void close_region(void* p, const std::string& reason);
 
+// `address`: of the code after the access, or null.
 void check(const void* p, int64_t bytes, Access access, const void* address = nullptr);
 void check_aligned(const void* p, int64_t bytes, Access access, const void* address = nullptr);
 void mark_written(void* p, int64_t bytes);               // by the host
 int64_t first_unwritten(const void* p, int64_t bytes);   // -1: none
 // An asynchronous copy: `begin` is a write by the running thread, after which nobody may touch the bytes until `end`,
 // as of count `now` of thread `id`.
-void begin_copy(void* p, int64_t bytes);
+void begin_copy(void* p, int64_t bytes, const void* address);
 void end_copy(void* p, int64_t bytes, uint16_t id, uint32_t now);
 
 }}  // namespace seqkern::host

@@ -1,4 +1,4 @@
-// The Python module `seqkern_testing`, which shows internals to pytest. It is not part of the wheel.
+// The Python modules `seqkern_testing_*`, which show internals to pytest. They are not part of the wheel.
 //
 // A part of it is one source file NAME_module.cpp that includes host_launch.h and its kernels and defines
 // `void bind_NAME(pybind11::module_&)` in seqkern::testing, declared below. tests/host.py builds each part into a module
@@ -18,7 +18,8 @@ SK_PART void bind_step(py::module_& m);
 
 }}  // namespace seqkern::testing
 
-PYBIND11_MODULE(seqkern_testing, m) {
+// SK_MODULE: a name of its own for each, because the interpreter keeps extension modules by name.
+PYBIND11_MODULE(SK_MODULE, m) {
   using namespace seqkern::testing;
   py::register_exception<seqkern::host::Fault>(m, "Fault", PyExc_RuntimeError);
   if (bind_simt) bind_simt(m);

@@ -29,30 +29,34 @@ float float_of(uint32_t u) {
 
 // ---- numbers
 
-float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+namespace host {
 
-template <> bf16 from_float<bf16>(float x) {
+float of_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
+
+uint16_t to_bf16(float x) {
   const uint32_t u = bits_of(x);
-  if (x != x) return {0x7fff};
-  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+  if (x != x) return 0x7fff;
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-float to_float(half_t x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+float of_f16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
   if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
   if (rest < 0x400) return (sign ? -1.f : 1.f) * float(rest) * 0x1p-24f;
   return float_of(sign | ((rest << 13) + ((127 - 15) << 23)));
 }
 
-template <> half_t from_float<half_t>(float x) {
+uint16_t to_f16(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
-  if (x != x) return {0x7fff};
-  if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above
+  if (x != x) return 0x7fff;
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above
   if (rest < 0x38800000) {  // below 2^-14: adding 1/2 leaves the multiple of 2^-24 in the last bits, rounded
-    return {uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000))};
+    return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000));
   }
-  return {uint16_t(sign | ((rest - ((127 - 15) << 23) + 0xfff + (rest >> 13 & 1)) >> 13))};
+  return uint16_t(sign | ((rest - ((127 - 15) << 23) + 0xfff + (rest >> 13 & 1)) >> 13));
 }
+
+}  // namespace host
 
 uint32_t to_tf32(float x) {
   const uint32_t u = bits_of(x);
@@ -83,7 +87,7 @@ uint32_t ballot(bool x, uint32_t mask, const Site& at) {
 }
 
 void signal_release(int* flag, int value) {
-  host::check_aligned(flag, sizeof *flag, Access::kAtomicStore);
+  host::check_aligned(flag, sizeof *flag, Access::kAtomicStore, __builtin_return_address(0));
   run_now->flags[flag] = host::release_clock(run_now->running());
   *flag = value;
   run_now->wake(flag);
@@ -91,7 +95,7 @@ void signal_release(int* flag, int value) {
 }
 
 void add_release(int* flag, int value) {
-  host::check_aligned(flag, sizeof *flag, Access::kAtomicUpdate);
+  host::check_aligned(flag, sizeof *flag, Access::kAtomicUpdate, __builtin_return_address(0));
   host::ClockPtr& released = run_now->flags[flag];
   released = host::join(host::release_clock(run_now->running()), released);
   *flag += value;
@@ -102,7 +106,7 @@ void add_release(int* flag, int value) {
 void wait_acquire(const int* flag, int value, const Site& at) {
   run_now->let_others_run();
   for (;;) {
-    host::check_aligned(flag, sizeof *flag, Access::kAtomicRead);
+    host::check_aligned(flag, sizeof *flag, Access::kAtomicRead, __builtin_return_address(0));
     if (*flag >= value) break;
     run_now->wait(flag, "wait_acquire", at);
   }
@@ -111,7 +115,7 @@ void wait_acquire(const int* flag, int value, const Site& at) {
 
 int atomic_add(int* p, int value) {
   run_now->let_others_run();
-  host::check_aligned(p, sizeof *p, Access::kAtomicUpdate);
+  host::check_aligned(p, sizeof *p, Access::kAtomicUpdate, __builtin_return_address(0));
   const int before = *p;
   *p += value;
   run_now->wake(p);
@@ -121,8 +125,8 @@ int atomic_add(int* p, int value) {
 // ---- cp.async
 
 void cp_async_16(void* to_shared, const void* from) {
-  host::check_aligned(from, 16, Access::kRead);
-  host::begin_copy(to_shared, 16);
+  host::check_aligned(from, 16, Access::kRead, __builtin_return_address(0));
+  host::begin_copy(to_shared, 16, __builtin_return_address(0));
   host::Fiber& f = run_now->running();
   f.copies.push_back({to_shared, from});
   ++f.open;
@@ -178,8 +182,6 @@ void* static_shared(const void* key, const char* name, int64_t bytes) {
 namespace {
 
 float half_word(uint32_t pair, int i, float (*decode)(uint16_t)) { return decode(uint16_t(pair >> 16 * i)); }
-float decode_bf16(uint16_t x) { return to_float(bf16{x}); }
-float decode_f16(uint16_t x) { return to_float(half_t{x}); }
 const Fragments& fragments(void* const* lanes, int i) {
   if (!lanes[i]) fault("mma: lane %d takes no part", i);
   return *static_cast<const Fragments*>(lanes[i]);
@@ -218,8 +220,8 @@ void mma(const Fragments& lane, void (*all)(void* const* lanes), const Site& at)
   Fragments mine = lane;
   warp_meet(WarpOp::kMma, kWarpMask, &mine, all, at);
 }
-void mma_bf16(void* const* lanes) { mma_16(lanes, decode_bf16); }
-void mma_f16(void* const* lanes) { mma_16(lanes, decode_f16); }
+void mma_bf16(void* const* lanes) { mma_16(lanes, of_bf16); }
+void mma_f16(void* const* lanes) { mma_16(lanes, of_f16); }
 void mma_tf32(void* const* lanes) {
   constexpr uint32_t kKept = 0xffffe000;
   float a[16][8], b[8][8];
@@ -251,7 +253,7 @@ template <bool kTrans> void load_matrices(void* const* lanes) {
 }
 }  // namespace
 void ldmatrix(uint32_t (&r)[4], const void* row, bool trans, const Site& at) {
-  check_aligned(row, 16, Access::kRead);
+  check_aligned(row, 16, Access::kRead, __builtin_return_address(0));
   Rows mine{row, r};
   warp_meet(WarpOp::kLdmatrix, kWarpMask, &mine, trans ? load_matrices<true> : load_matrices<false>, at);
 }
@@ -319,8 +321,7 @@ void arrive(uint64_t* p, int64_t bytes) {
 }  // namespace
 
 void store_async(void* to, const void* value, int bytes, uint64_t* barrier) {
-  if (uintptr_t(to) % uintptr_t(bytes)) fault("store_async: misaligned: %s", describe(to).c_str());
-  begin_copy(to, bytes);
+  begin_copy(to, bytes, __builtin_return_address(0));
   Mbarrier& m = mbarrier_at(barrier);
   Fiber& f = run_now->running();
   m.stores.push_back({to, std::string(static_cast<const char*>(value), size_t(bytes)), f.id, f.now});

@@ -311,13 +311,17 @@ void Run::warp_meet(WarpOp op, uint32_t mask, void* lane, void (*all)(void* cons
   mask &= w.exists;
   if (mask & w.ended)
     fail(what + " at " + text(at) + ": lane " + std::to_string(__builtin_ctz(mask & w.ended)) + " has ended");
-  size_t i = 0;
-  while (i < w.calls.size() && !(w.calls[i].mask & mask)) ++i;
+  size_t i = w.calls.size();
+  for (size_t c = 0; c < w.calls.size(); ++c) {
+    const WarpCall& call = w.calls[c];
+    const bool same = call.op == op && call.mask == mask && (!aligned || call.at.line() == at.line());
+    if (same) i = c;
+    else if (call.mask & bit(f.lane) && call.arrived & mask)  // each waits for the other
+      fail("divergent warp: in " + what + " at " + text(at) + ", while lane " +
+           std::to_string(__builtin_ctz(call.arrived & mask)) + " is in " + kWarpOps[int(call.op)] + " at " + text(call.at));
+  }
   if (i == w.calls.size()) w.calls.push_back({op, mask, 0, at, {}});
   WarpCall& call = w.calls[i];
-  if (call.mask != mask || call.op != op || (aligned && call.at.line() != at.line()))
-    fail("divergent warp: in " + what + " at " + text(at) + ", while lane " +
-         std::to_string(__builtin_ctz(call.arrived)) + " is in " + kWarpOps[int(call.op)] + " at " + text(call.at));
   call.lanes[f.lane] = lane;
   call.arrived |= bit(f.lane);
   if (call.arrived != mask) return park(kWarpOps[int(op)], at);

@@ -46,7 +46,7 @@ __global__ void reverse(Args a) {
     block_sync();
   }
   const int from = threads - 1 - t + (a.broken == kOutOfRange);
-  const float value = a.broken == kMisaligned ? *(const float*)((const char*)(s + 2) + 2) : s[from];
+  const float value = *(const float*)((const char*)s + (a.broken == kMisaligned ? 10 : from * 4));
   if (a.broken != kShort || t != 1) a.y[global_thread()] = value;
 }
 
@@ -55,7 +55,7 @@ __global__ void reverse_static(Args a) {
   SK_SHARED_STATIC(double, unused, 3);
   SK_SHARED_STATIC(float, s, 64);
   const int t = int(threadIdx.x);
-  unused[0] = 1;
+  if (t < 3) unused[t] = 1;
   if (a.broken != kUnwritten || t != 3) s[t] = a.x[global_thread()];
   if (a.broken != kNoBarrier) block_sync();
   const float* from = s + 63 - t + (a.broken == kOutOfRange);
