@@ -93,25 +93,28 @@ class Session:
 
 def session(only: str | None, quick: bool) -> Session:
     s = Session(check_machine())
-    if not s.run("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 400):
+    if not s.run("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 300):
         return s
     chosen = ["-k", f"{only} or not (step or grid)"] if only else []
-    tests = [PYTHON, "-m", "pytest", "-q", "-x" if quick else "--maxfail=20"]
-    s.run("tests", [*tests, "tests/test_cuda_engine.py", "tests/test_cuda_torch.py", *chosen], 240)
-    tool = sanitizer()
-    for check in ("memcheck", "racecheck") if tool and not quick else ():
-        command = [tool, "--tool", check, "--error-exitcode", "9", *tests, "tests/test_cuda_sanitizer.py", *chosen]
-        s.run(check, command, 100)
-    if quick or tool is None:
-        s.skip("compute-sanitizer", "a quick run" if quick else "compute-sanitizer was not found")
-    if quick or only:
-        s.skip("primitives", "a quick run" if quick else f"only the {only} engine")
-    else:
-        s.run("primitives", [PYTHON, "bench/primitives.py"], 120)
-    limit = max(10, min(300, s.left() - 30))
+    tests = [PYTHON, "-m", "pytest", "-q", "-x" if quick else "--maxfail=20", *chosen]
+    s.run("tests", [*tests, "tests/test_cuda_engine.py", "tests/test_cuda_torch.py"], 200)
+
+    limit = max(10, min(200, s.left() - 150))
     command = [PYTHON, "bench/run.py", "--device", "cuda", "--json", "bench/results", "--report"]
     command += ["--quick"] if quick else ["--limit", f"{limit:.0f}"]
     s.run("comparison with cuDNN", command + (["--engine", only] if only else []), limit + 60)
+
+    tool = sanitizer()
+    if quick or only:
+        s.skip("primitives", "a quick run" if quick else f"only the {only} engine")
+    else:
+        s.run("primitives", [PYTHON, "bench/primitives.py"], 60)
+    if quick or tool is None:
+        s.skip("compute-sanitizer", "a quick run" if quick else "it was not found")
+        return s
+    for check in ("memcheck", "racecheck"):
+        watched = [*tests, "-p", "no:faulthandler", "tests/test_cuda_sanitizer.py"]
+        s.run(check, [tool, "--tool", check, "--error-exitcode", "9", *watched], 80)
     return s
 
 

@@ -1,12 +1,12 @@
-"""A few small calls of each engine, for compute-sanitizer to watch (`make gpu`): every kernel once, tails and packed."""
+"""A few small calls of each engine, for compute-sanitizer to watch (`make gpu`): each kind of kernel, tails, packed."""
 
 import pytest
 import torch
-from cases import CASES, CELLS, Case
+from cases import CASES, Case
 from cuda_checks import forced, run, tf32
 
-SMALL = [CASES[f"{shape}-{cell}"] for shape in ("h_tail", "packed_bidirectional") for cell in CELLS]
-SMALL += [CASES["proj_bidirectional-lstm"], Case("watched-lstm", "lstm", T=4, B=20, H=64)]
+NAMES = ("h_tail-lstm", "h_tail-rnn_tanh", "packed_bidirectional-gru", "proj_bidirectional-lstm")
+SMALL = [*(CASES[name] for name in NAMES), Case("watched-lstm", "lstm", T=4, B=20, H=64)]
 
 
 @pytest.mark.parametrize("engine", ["step", None], ids=["step", "grid"])
