@@ -94,8 +94,13 @@ def check_compiler():
     if shutil.which(compiler) is None:
         sys.exit(f"seqkern: building needs a C++20 compiler, and {compiler!r} was not found; install g++ or set CXX")
     probe = "int main() { return 0; }"
-    run = subprocess.run([compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"], input=probe, text=True,
-                         capture_output=True, check=False)
+    run = subprocess.run(
+        [compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"],
+        input=probe,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     if run.returncode:
         sys.exit(f"seqkern: building needs a C++20 compiler, and {compiler!r} is not one: {run.stderr.strip()}")
 
@@ -105,7 +110,9 @@ def compile_cuda(source):
     target = os.path.join(ROOT, "build", "cuda", os.path.basename(source) + ".o")
     command = [os.path.join(CUDA_HOME, "bin", "nvcc"), *NVCC, *arch_flags(cuda_archs()), "-c", source, "-o", target]
     stamp, line = target + ".command", " ".join(command)
-    newest = max(os.path.getmtime(os.path.join(ROOT, path)) for path in sources("csrc/core/*.*") + sources("csrc/cuda/*.*"))
+    newest = max(
+        os.path.getmtime(os.path.join(ROOT, path)) for path in sources("csrc/core/*.*") + sources("csrc/cuda/*.*")
+    )
     if os.path.exists(target) and os.path.exists(stamp) and os.path.getmtime(target) > newest:
         with open(stamp) as file:
             if file.read() == line:

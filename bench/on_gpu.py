@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one go: build for it, tests, compute-sanitizer, primitives, the comparison with cuDNN.
+"""All that needs a GPU, in one go: build for it, tests, the comparison with cuDNN, primitives, compute-sanitizer.
 
     python bench/on_gpu.py                        under ten minutes
     python bench/on_gpu.py --only grid --quick    a short call for one engine
 
-Uses the interpreter that runs it, with its torch (a CUDA build), pytest and ninja, and a CUDA toolkit; no network and no
+Uses the interpreter that runs it, with its torch (a CUDA build), pytest and ninja, and a CUDA toolkit; no network, no
 environment of its own. Builds in place. Writes bench/results/GPU.jsonl and its page, and bench/out/on_gpu.md: each
 stage, what came of it and how long it took. Goes on after a stage that fails, and then ends with status 1.
 """

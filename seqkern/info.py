@@ -72,9 +72,7 @@ def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.d
     index = torch.cuda.current_device() if device.index is None else device.index
     lines, engines = [], []
     for name, backward in (("forward", False), ("backward", True)):
-        p = json.loads(
-            torch.ops.seqkern._cuda_plan(sizes, cell, _short(dtype), tf32, bidirectional, backward, index)
-        )
+        p = json.loads(torch.ops.seqkern._cuda_plan(sizes, cell, _short(dtype), tf32, bidirectional, backward, index))
         engines.append(p["engine"])
         line = f"{name}: {p['why']}"
         if p["engine"] == "grid":

@@ -78,9 +78,7 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, *others
     options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.tf32)
-    dx, dh0, dc0, dweights = rnn_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
-    )
+    dx, dh0, dc0, dweights = rnn_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options)
     if not dweights:
         dweights = [None] * ctx.count
     return (
@@ -145,7 +143,11 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
         inputs = [t for t in (x, h0, c0, *weights) if t is not None]
         first = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True,
+            [o for o, _ in pairs],
+            inputs,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
             materialize_grads=True,
         )
         # Match the operator's outputs (dx, dh0, dc0, dweights) with what came back for each.
@@ -159,7 +161,11 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         if pairs:
             grads = iter(
                 torch.autograd.grad(
-                    [f for f, _ in pairs], leaves, [s for _, s in pairs], create_graph=create_graph, allow_unused=True,
+                    [f for f, _ in pairs],
+                    leaves,
+                    [s for _, s in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
                     materialize_grads=True,
                 )
             )

@@ -1,7 +1,7 @@
 """What the tests on a GPU share: tensors moved there, and the oracle with torch's own layer on the GPU as its native.
 
-The truth is the CPU's float64 reference; the native error is that of torch.nn on the GPU, cuDNN's, in the same dtype and
-with the same permission to use TF32. Importing this skips a test file where there is no GPU.
+The truth is the CPU's float64 reference; the native error is that of torch.nn on the GPU, cuDNN's, in the same dtype
+and with the same permission to use TF32. Importing this skips a test file where there is no GPU.
 """
 
 import os

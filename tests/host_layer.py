@@ -1,4 +1,4 @@
-"""A whole layer of the CUDA engines run on the host, for the oracle: cuda/layer.h's order of work on csrc/testing's fibers."""
+"""A whole layer of the CUDA engines run on the host, for the oracle: cuda/layer.h on csrc/testing's fibers."""
 
 import host
 import torch

@@ -1,7 +1,8 @@
 """What ptxas makes of the CUDA kernels: none spills, and none has grown out of the table in tests/data.
 
 `make cuda-check` compiles them with the same script, with a toolkit from PyPI where the machine has none;
-`python tests/cuda_compile.py --write` writes the table anew. Registers are compared with the toolkit that the table names.
+`python tests/cuda_compile.py --write` writes the table anew. Registers are compared where the toolkit is the one that
+the table names.
 """
 
 import cuda_compile

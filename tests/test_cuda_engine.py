@@ -1,4 +1,4 @@
-"""Outputs and all gradients on the GPU against the oracle: every case and dtype, on `step` and on what the planner takes.
+"""Outputs and all gradients on the GPU against the oracle: every case and dtype, on `step` and as planned.
 
 float32 runs twice: without TF32 and, as `tf32`, with it.
 """

@@ -1,4 +1,4 @@
-"""The Python side of the CUDA engines, as far as it goes without a GPU: plans told in words, the TF32 permission, builds."""
+"""The Python side of the CUDA engines, as far as it goes without a GPU: plans in words, TF32's permission, builds."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """The `step` engine's kernels, and the order of work of a whole layer, run on the host against the float64 oracle.
 
-Every named case and dtype, each launch's threads in orders drawn from three seeds (one for the few large cases). A barrier that not all reach, a race, a
-read of what nobody wrote and an access out of range end the run with a Fault (csrc/testing). The matrix products between
-the launches are plain loops in place of cuBLAS.
+Every named case and dtype, each launch's threads in orders drawn from three seeds (one for the few large cases). A
+barrier that not all reach, a race, a read of what nobody wrote and an access out of range end the run with a Fault
+(csrc/testing). The matrix products between the launches are plain loops in place of cuBLAS.
 """
 
 import host_layer
@@ -40,7 +40,9 @@ def test_layer(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["h_16-lstm", "h_16-gru", "h_tail-rnn_tanh", "packed_bidirectional-lstm", "no_bias-gru"])
+@pytest.mark.parametrize(
+    "name", ["h_16-lstm", "h_16-gru", "h_tail-rnn_tanh", "packed_bidirectional-lstm", "no_bias-gru"]
+)
 def test_layer_on_the_grid_engine(name, dtype):
     """The same order of work around the other engine, as planned for a small GPU."""
     case = CASES[name]

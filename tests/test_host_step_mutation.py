@@ -1,4 +1,4 @@
-"""The tests of test_host_step.py can fail: faults put into a copy of the sources are seen, each in the way it should be."""
+"""The tests of test_host_step.py can fail: faults put into a copy of the sources are seen, each as it should be."""
 
 import shutil
 import subprocess
