@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -11,14 +13,25 @@
 #include "launch.h"
 #include "planner.h"
 
-// Weak: torch without CUDA lacks them, and the extension is to import there too.
-extern "C" {
-__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-__attribute__((weak)) AOTITorchError torch_get_current_cuda_blas_handle(void** handle);
-}
-
 namespace seqkern { namespace cuda {
 namespace {
+
+// Functions of torch's stable C interface that a torch without CUDA lacks: looked up, so that the extension imports
+// there.
+struct TorchCuda {
+  AOTITorchError (*stream)(int32_t device, void** stream);
+  AOTITorchError (*blas)(void** handle);
+  TorchCuda() {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    auto find = [&](const char* name) { return library ? dlsym(library, name) : nullptr; };
+    stream = (decltype(stream))find("aoti_torch_get_current_cuda_stream");
+    blas = (decltype(blas))find("torch_get_current_cuda_blas_handle");
+  }
+};
+const TorchCuda& torch_cuda() {
+  static const TorchCuda found;
+  return found;
+}
 
 void check_devices(const std::string& cell, const Tensor& x, std::initializer_list<const Optional*> some,
                    const Tensors& weights) {
@@ -91,7 +104,8 @@ void run(LayerCall& call, const Problem& p, const std::string& cell, const Tenso
   call.plan = &plan;
   const Tensor workspace = torch::stable::new_empty(x, {layer_workspace(call, backward)}, ScalarType::Byte);
   void *stream = nullptr, *blas = nullptr;
-  STD_TORCH_CHECK(!aoti_torch_get_current_cuda_stream(index, &stream) && !torch_get_current_cuda_blas_handle(&blas),
+  const TorchCuda& functions = torch_cuda();
+  STD_TORCH_CHECK(functions.stream && functions.blas && !functions.stream(index, &stream) && !functions.blas(&blas),
                   cell, ": torch gave no stream or no cuBLAS handle for cuda:", index);
   const Error error = (backward ? layer_backward : layer_forward)(call, (char*)data(workspace), stream, blas);
   STD_TORCH_CHECK(!error, cell, ": the ", engine_name(plan.engine), " engine on cuda:", index, " failed: ", error);
