@@ -110,7 +110,7 @@ def compile_cuda(source):
     target = os.path.join(ROOT, "build", "cuda", os.path.basename(source) + ".o")
     command = [os.path.join(CUDA_HOME, "bin", "nvcc"), *NVCC, *arch_flags(cuda_archs()), "-c", source, "-o", target]
     stamp, line = target + ".command", " ".join(command)
-    read = [source, *sources("csrc/core/*.h"), *sources("csrc/cuda/*.*h"), *sources("csrc/cuda/*.h")]
+    read = [source, *sources("csrc/core/*.h"), *sources("csrc/cuda/*.*h")]
     newest = max(os.path.getmtime(os.path.join(ROOT, path)) for path in read)
     if os.path.exists(target) and os.path.exists(stamp) and os.path.getmtime(target) > newest:
         with open(stamp) as file:
