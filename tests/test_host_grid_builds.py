@@ -29,7 +29,7 @@ WRONG = {
     "swapped_fragment": (PRODUCT, "      a[s][1] = high.v[2 * s];\n", "      a[s][1] = low.v[2 * s + 1];\n"),
     "swapped_sum": (PRODUCT, "float sum = 0;\n  for (int w = 0; w < warps", "float sum = 0;\n  for (int w = 1; w < warps"),
     "carry_not_kept": (FORWARD, "carried[pass * kThreads] = v.carry;", ";"),
-    "late_row_without_dh_n": (BACKWARD, "if (m.row >= known) v.dh +=", "if (m.row > known) v.dh +="),
+    "late_row_without_dh_n": (BACKWARD, "if (m.row >= known) v.dh_n =", "if (m.row > known) v.dh_n ="),
 }
 # One warp for all of K, and a quarter of the fragments in registers.
 SMALL = [

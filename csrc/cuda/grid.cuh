@@ -33,7 +33,10 @@ template <class S, int kGates, int kUnits> struct RowsOfGates {
 template <class C, class S, int kUnits> struct GridForward {
   static constexpr int kGates = C::kGates, kMTiles = forward_tiles(kGates, kUnits);
   using Mine = Own<kUnits>;
-  struct Values { float x[kGates], saved[C::kSaved ? C::kSaved : 1], carry, out; };
+  struct Values {
+    S gates_x[kGates];
+    float saved[C::kSaved ? C::kSaved : 1], carry, out;
+  };
 
   const GridArgs& a;
   const LayerArgs& l;
@@ -88,19 +91,19 @@ template <class C, class S, int kUnits> struct GridForward {
     if (!owns(m, live)) return;
     const S* gates = (const S*)of(a.r.gates_x, at.direction) + row_of(m, now, pass) * kGates * l.hidden + m.j;
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) v.x[g] = load(gates + g * l.hidden);
+    for (int g = 0; g < kGates; ++g) v.gates_x[g] = gates[g * l.hidden];
   }
   SK_DEVICE void cell(int i, int pass, int live, Values& v) const {
     const Mine m(at.cta);
     if (!owns(m, live)) return;
-    float h[kGates];
+    float x[kGates], h[kGates];
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
-      v.x[g] += bias[g * kUnits + m.unit];
+      x[g] = to_float(v.gates_x[g]) + bias[g * kUnits + m.unit];
       h[g] = total<kMTiles>(sums, p.warps, g * kUnits + m.unit, m.row) + bias[(kGates + g) * kUnits + m.unit];
     }
     if (C::kCarry != Carry::kNone) v.carry = carried[pass * kThreads];
-    C::forward(v.x, h, v.carry, v.out, v.saved);
+    C::forward(x, h, v.carry, v.out, v.saved);
     if (C::kCarry != Carry::kNone) carried[pass * kThreads] = v.carry;
     exchange(m, i + 1, pass, v.out);
   }
@@ -114,7 +117,7 @@ template <class C, class S, int kUnits> struct GridForward {
 #pragma unroll
       for (int q = 0; q < C::kSaved; ++q) store<S>(v.saved[q], l.reserve, to + q * l.hidden);
     }
-    if (next.rows > at.row0 + pass * kPassRows + m.row) return;  // else this was the row's last step
+    if (next.rows() > at.row0 + pass * kPassRows + m.row) return;  // else this was the row's last step
     store<S>(v.out, l.h_n, state_at(m, pass));
     if (C::kCarry == Carry::kCell) store<S>(v.carry, l.c_n, state_at(m, pass));
   }
@@ -128,10 +131,10 @@ template <class C, class S, int kUnits> struct GridForward {
     const auto time = [&](int i) { return at.direction ? steps - 1 - i : i; };
     StepRows now = step_at(l, time(0)), next;
     int before = 0;  // rows of the step before
-    for (int i = 0; i < steps; ++i, before = now.rows, now = next) {
+    for (int i = 0; i < steps; ++i, before = now.rows(), now = next) {
       next = step_at(l, time(i + 1));
       for (int pass = 0; pass < at.passes; ++pass) {
-        const int base = at.row0 + pass * kPassRows, live = clip(now.rows - base, at.pass_rows(pass));
+        const int base = at.row0 + pass * kPassRows, live = clip(now.rows() - base, at.pass_rows(pass));
         if (live == 0) continue;
         Values v = {};
         load_gates(now, pass, live, v);

@@ -31,7 +31,10 @@ template <class S, int kGates> struct ColumnsOfUnits {
 template <class C, class S> struct GridBackward {
   static constexpr int kGates = C::kGates, kGrads = C::kGrads, kSkip = kGrads - kGates, kUnits = kFullUnits;
   using Mine = Own<kUnits>;
-  struct Values { float saved[C::kSaved ? C::kSaved : 1], out, previous, dh, carry, grad[kGrads]; };
+  struct Values {
+    S saved[C::kSaved ? C::kSaved : 1], out, previous, dy, dh_n;
+    float dh, carry, grad[kGrads];
+  };
 
   const GridArgs& a;
   const LayerArgs& l;
@@ -49,11 +52,11 @@ template <class C, class S> struct GridBackward {
   SK_DEVICE int64_t state_at(const Mine& m, int pass) const {  // in h0, c0, dh_n, ... [D, B, H]
     return (at.direction * l.batch + batch_row(m, pass)) * l.hidden + m.j;
   }
-  SK_DEVICE float output(int64_t n, int j) const {
-    return load((const S*)l.y + (n * l.directions + at.direction) * l.hidden + j);
+  SK_DEVICE S output(int64_t n, int j) const {
+    return ((const S*)l.y)[(n * l.directions + at.direction) * l.hidden + j];
   }
-  SK_DEVICE float kept(int64_t n, int q, int j) const {
-    return load((const S*)l.reserve + ((at.direction * l.rows + n) * C::kSaved + q) * l.hidden + j);
+  SK_DEVICE S kept(int64_t n, int q, int j) const {
+    return ((const S*)l.reserve)[((at.direction * l.rows + n) * C::kSaved + q) * l.hidden + j];
   }
 
   SK_DEVICE void enter() const {
@@ -71,27 +74,31 @@ template <class C, class S> struct GridBackward {
     if (m.j >= l.hidden || m.row >= live) return;
     const int b = batch_row(m, pass);
     const int64_t n = now.start + b;
-    const bool fed = b < before.rows;
+    const bool fed = b < before.rows();
 #pragma unroll
     for (int q = 0; q < C::kSaved; ++q) v.saved[q] = kept(n, q, m.j);
     if (C::kSaved == 0) v.out = output(n, m.j);
     if (C::kCarry == Carry::kHidden)
-      v.previous = fed ? output(before.start + b, m.j) : load_or_zero<S>(l.h0, state_at(m, pass));
+      v.previous = fed ? output(before.start + b, m.j) : raw_or_zero<S>(l.h0, state_at(m, pass));
     if (C::kCarry == Carry::kCell)
-      v.previous = fed ? kept(before.start + b, C::kSaved - 1, m.j) : load_or_zero<S>(l.c0, state_at(m, pass));
+      v.previous = fed ? kept(before.start + b, C::kSaved - 1, m.j) : raw_or_zero<S>(l.c0, state_at(m, pass));
     if (l.dy.data) {
       const int64_t first = l.starts ? now.start * l.dy.row : t * l.dy.step;
-      v.dh = load((const S*)l.dy.data + first + b * l.dy.row + at.direction * l.hidden + m.j);
+      v.dy = ((const S*)l.dy.data)[first + b * l.dy.row + at.direction * l.hidden + m.j];
     }
-    if (m.row >= known) v.dh += load_or_zero<S>(l.dh_n, state_at(m, pass));  // the row's sequence ends here in time
+    if (m.row >= known) v.dh_n = raw_or_zero<S>(l.dh_n, state_at(m, pass));  // the row's sequence ends here in time
   }
   SK_DEVICE void cell(int i, int pass, int known, int live, Values& v) const {
     const Mine m(at.cta);
     if (m.j >= l.hidden) return;
-    if (m.row < known) v.dh += total<1>(sums, p.warps, m.unit, m.row);
+    if (m.row < known) v.dh = total<1>(sums, p.warps, m.unit, m.row);
     if (C::kCarry != Carry::kNone) v.carry = carried[pass * kThreads];
     if (m.row >= live) return;
-    C::backward(v.saved, v.out, v.previous, v.dh, v.carry, v.grad);
+    float saved[C::kSaved ? C::kSaved : 1];
+#pragma unroll
+    for (int q = 0; q < C::kSaved; ++q) saved[q] = to_float(v.saved[q]);
+    const float dh = v.dh + to_float(v.dy) + to_float(v.dh_n);
+    C::backward(saved, to_float(v.out), to_float(v.previous), dh, v.carry, v.grad);
     if (C::kCarry != Carry::kNone) carried[pass * kThreads] = v.carry;
     S* to = (S*)(at.operands(i + 1, pass) + int64_t(m.row) * at.row_bytes) + at.cta * (kGates * kUnits) + m.unit;
 #pragma unroll
@@ -118,11 +125,11 @@ template <class C, class S> struct GridBackward {
     const auto time = [&](int i) { return at.direction ? i : steps - 1 - i; };
     StepRows now = step_at(l, time(0)), next;
     int after = 0;  // rows of the step after in time as forward goes, which this pass has done
-    for (int i = 0; i <= steps; ++i, after = now.rows, now = next) {
+    for (int i = 0; i <= steps; ++i, after = now.rows(), now = next) {
       next = step_at(l, time(i + 1));
       for (int pass = 0; pass < at.passes; ++pass) {
         const int base = at.row0 + pass * kPassRows;
-        const int known = clip(after - base, at.pass_rows(pass)), live = clip(now.rows - base, at.pass_rows(pass));
+        const int known = clip(after - base, at.pass_rows(pass)), live = clip(now.rows() - base, at.pass_rows(pass));
         if (known == 0 && live == 0) continue;
         Values v = {};
         load_step(time(i), now, next, pass, known, live, v);

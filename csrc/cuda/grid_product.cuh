@@ -64,7 +64,9 @@ template <> struct Operand<float> {
 };
 
 template <class S> SK_DEVICE float load(const S* p) { return to_float(*p); }
-template <class S> SK_DEVICE float load_or_zero(const void* p, int64_t i) { return p ? load((const S*)p + i) : 0.f; }
+// What is loaded before a wait stays as it is until after it: to convert it would be to wait for it first.
+template <class S> SK_DEVICE S raw_or_zero(const void* p, int64_t i) { return p ? ((const S*)p)[i] : S{}; }
+template <class S> SK_DEVICE float load_or_zero(const void* p, int64_t i) { return to_float(raw_or_zero<S>(p, i)); }
 template <class S> SK_DEVICE void store(float x, void* p, int64_t i) {
   // By the member: a call's result stored whole is a store that host execution does not see.
   if constexpr (sizeof(S) == 2) ((S*)p)[i].bits = from_float<S>(x).bits;
@@ -99,13 +101,16 @@ template <int kUnits> struct Own {
   }
 };
 
-// The rows of a step: [start, start + rows) of all; row b of the batch is start + b.
-struct StepRows { int64_t start; int rows; };
+// The rows of a step: [start, end) of all; row b of the batch is start + b. What was loaded is not looked at before it is
+// asked for, a step later.
+struct StepRows {
+  int64_t start, end;
+  SK_DEVICE int rows() const { return int(end - start); }
+};
 SK_DEVICE StepRows step_at(const LayerArgs& l, int t) {
   if (t < 0 || t >= l.steps) return {0, 0};
-  if (!l.starts) return {t * l.batch, int(l.batch)};
-  const int64_t start = l.starts[t];
-  return {start, int(l.starts[t + 1] - start)};
+  if (!l.starts) return {t * l.batch, (t + 1) * l.batch};
+  return {l.starts[t], l.starts[t + 1]};
 }
 
 // This CTA's rows, and the memory of its tile.
@@ -157,8 +162,8 @@ template <int kMTiles> SK_DEVICE float total(const float* sums, int warps, int m
 
 // One warp's part of the product: kMTiles tiles of weights by its slice of K.
 template <class S, int kMTiles> struct Multiplier {
-  static constexpr int kHeld = kHeldTiles / kMTiles;                     // chunks in registers
-  static constexpr int kAhead = kMTiles == 3 ? 3 : 4;  // chunks of the operand loaded at once
+  static constexpr int kHeld = held_chunks(kMTiles);           // chunks in registers
+  static constexpr int kAhead = kMTiles == 3 ? 3 : 4;  // of the operand, loaded at once
   static constexpr int kAheadSpilled = 2;
   uint32_t held[kHeld][kMTiles][2][4];
   Piece* spilled;  // [chunks - kHeld][kMTiles][2][32]

@@ -11,8 +11,7 @@
 //   K        H (the state)                    G*H (gradients of the gates)
 //
 // K is counted in chunks of kChunkBytes of a row and shared out to the warps; the warps' partial sums meet in shared
-// memory. Of a warp's weights, the first kHeldTiles fragments (one M tile, one chunk) lie in registers, the others in
-// shared memory.
+// memory. Of a warp's weights, the first chunks lie in registers, the others in shared memory.
 #pragma once
 #include <stdint.h>
 
@@ -32,7 +31,9 @@ constexpr int kTileRows = 16;      // M of an mma
 constexpr int kPassRows = 16;      // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
 constexpr int kMaxPasses = 8;      // of a batch tile
 constexpr int kChunkBytes = 64;    // two mma steps along K: 32 elements of 16 bits, 16 of 32
-constexpr int kHeldTiles = 16;     // 8 registers each: 128 of the 255 that a thread of 256 may have
+// Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile two fewer:
+// more of the operand is then under way at a time.
+constexpr int kHeldTiles = 16;
 constexpr int kFragmentBytes = 1024;  // an M tile and a chunk, a warp: 32 bytes a lane
 constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
 constexpr int kMinSteps = 2;       // below, loading the weights on chip does not pay: one step reads them once anyway
@@ -79,6 +80,8 @@ struct Plan {
 constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
 SK_PLAN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+SK_PLAN constexpr int held_chunks(int m_tiles) { return m_tiles == 1 ? kHeldTiles - 2 : kHeldTiles / m_tiles; }
+
 // How the product is cut, from what is known when compiling (m_tiles) and when running (k_bytes).
 struct Product {
   int m_tiles;      // of 16 rows
@@ -91,7 +94,7 @@ struct Product {
         row_bytes(int(ceil_div(k_bytes, kChunkBytes) * kChunkBytes)),
         warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kProductWarps))),
         warps(int(ceil_div(row_bytes / kChunkBytes, warp_chunks))),
-        spilled(warp_chunks > kHeldTiles / tiles ? warp_chunks - kHeldTiles / tiles : 0) {}
+        spilled(warp_chunks > held_chunks(tiles) ? warp_chunks - held_chunks(tiles) : 0) {}
   // Shared memory, in this order: weights; partial sums [warps][2][m_tiles][16][8] floats.
   SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kProductWarps) * spilled * m_tiles * kFragmentBytes; }
   SK_PLAN constexpr int64_t sum_bytes() const { return int64_t(kProductWarps) * m_tiles * kTileRows * kPassRows * 4; }
