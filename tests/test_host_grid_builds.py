@@ -22,13 +22,9 @@ FAULTS = {
     "no_warp_sync_after_wait": (PRODUCT, "value);\n    warp_sync();\n", "value);\n"),
     "one_copy": (PRODUCT, "((i & 1) * passes + pass)", "int64_t(0 * i + pass)"),
     "forward_sums_early": (FORWARD, SUMS, SUMS.split("\n")[1]),
-    "backward_sums_early": (BACKWARD, SUMS, SUMS.split("\n")[1]),
-    "late_flag_value": (FORWARD, "before > base ? i + 1 :", "before > base ? i :"),
 }
 WRONG = {
     "swapped_fragment": (PRODUCT, "      a[s][1] = high.v[2 * s];\n", "      a[s][1] = low.v[2 * s + 1];\n"),
-    "swapped_sum": (PRODUCT, "float sum = 0;\n  for (int w = 0; w < warps", "float sum = 0;\n  for (int w = 1; w < warps"),
-    "carry_not_kept": (FORWARD, "carried[pass * kThreads] = v.carry;", ";"),
     "late_row_without_dh_n": (BACKWARD, "if (m.row >= known) v.dh_n =", "if (m.row > known) v.dh_n ="),
 }
 # One warp for all of K, and a quarter of the fragments in registers.
