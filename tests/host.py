@@ -1,10 +1,12 @@
 """Builds and loads seqkern_testing_*, the kernels of csrc/cuda for host execution, and keeps what it built.
 
 `load("simt")` gives csrc/testing/simt_module.cpp with what runs it. A source is compiled again when it, or a header that
-it includes, has changed. `load("grid", "SK_SOME=1")` gives another build of it, with that macro. With SEQKERN_HOST_SANITIZE=1 in the environment the build is under AddressSanitizer and
+it includes, has changed. Within `changed("simt", name, edited(...))` it gives a build of edited sources: what tests break, to
+see that it is found. With SEQKERN_HOST_SANITIZE=1 in the environment the build is under AddressSanitizer and
 UndefinedBehaviorSanitizer, for a process that has libasan preloaded (`sanitizer_environment`).
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -14,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -51,14 +55,14 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _compile(source: Path, name: str, flags: list[str]) -> Path:
+def _compile(source: Path, name: str, flags: list[str], root: Path) -> Path:
     """The object file; of one name, the latest is kept."""
     if SANITIZE:
         flags = flags + ASAN
     elif source.name.endswith("_module.cpp"):
         flags = flags + HOOKS
     files = sorted(_included(source))
-    key = _key(CXX, FLAGS, flags, [(str(f.relative_to(ROOT)), f.read_bytes()) for f in files])
+    key = _key(CXX, FLAGS, flags, [(str(f.relative_to(root)), f.read_bytes()) for f in files])
     made = BUILD / f"{name}-{key}.o"
     if not made.exists():
         subprocess.run([CXX, *FLAGS, *flags, "-c", source, "-o", made.with_suffix(".new")], check=True)
@@ -68,27 +72,40 @@ def _compile(source: Path, name: str, flags: list[str]) -> Path:
     return made
 
 
-def build(part: str, *defines: str) -> Path:
-    """The path of the module with this part."""
-    source = TESTING / f"{part}_module.cpp"
-    if not source.exists():
-        raise FileNotFoundError(f"no part {part}: {source} does not exist")
+@contextlib.contextmanager
+def _sources(texts: dict[str, str]) -> Iterator[Path]:
+    """A root with csrc, in which files have these texts."""
+    if not texts:
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve()
+        shutil.copytree(ROOT / "csrc", root / "csrc")
+        for name, text in texts.items():
+            (root / "csrc" / name).write_text(text)
+        yield root
+
+
+def build(part: str, variant: str = "", texts: dict[str, str] | None = None) -> Path:
+    """The path of the module with this part; texts: of files of csrc, in place of what they hold, in this variant."""
+    if not (TESTING / f"{part}_module.cpp").exists():
+        raise FileNotFoundError(f"no part {part}: {TESTING / part}_module.cpp does not exist")
     if not shutil.which(CXX):
         raise FileNotFoundError(f"host execution needs a C++20 compiler, and {CXX} was not found")
-    variant = f"_{_key(defines)}" if defines else ""
-    name = f"seqkern_testing_{part}{variant}"
-    macros = [f"-D{define}" for define in defines]
+    part_name = f"{part}_{variant}" if variant else part
+    name = f"seqkern_testing_{part_name}"
     common = [f for f in sorted(TESTING.glob("*.cpp")) if f.stem != "module" and not f.stem.endswith("_module")]
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open(BUILD / "lock", "w") as lock, _sources(texts or {}) as root:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [_compile(f, f.stem, []) for f in common]
-        objects.append(_compile(TESTING / "module.cpp", f"module_{part}{variant}", [f"-DSK_MODULE={name}"]))
-        objects.append(_compile(source, f"{source.stem}{variant}", macros))
-        folder = BUILD / f"{part}{variant}-{_key([o.name for o in objects])}"
+        objects = [_compile(f, f.stem, [], ROOT) for f in common]
+        objects.append(_compile(TESTING / "module.cpp", f"module_{part_name}", [f"-DSK_MODULE={name}"], ROOT))
+        source = root / TESTING.relative_to(ROOT) / f"{part}_module.cpp"
+        objects.append(_compile(source, f"{part}_module{part_name.removeprefix(part)}", [], root))
+        folder = BUILD / f"{part_name}-{_key([o.name for o in objects])}"
         made = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not made.exists():
-            for old in BUILD.glob(f"{part}{variant}-*/"):
+            for old in BUILD.glob(f"{part_name}-*/"):
                 shutil.rmtree(old)
             folder.mkdir()
             link = [CXX, "-shared", *(ASAN if SANITIZE else []), "-o", made.with_suffix(".new"), *objects, "-ldl"]
@@ -97,14 +114,43 @@ def build(part: str, *defines: str) -> Path:
     return made
 
 
-@functools.cache
-def load(part: str, *defines: str) -> ModuleType:
-    """The module with the functions that csrc/testing/{part}_module.cpp binds; defines: macros as NAME=VALUE."""
-    path = build(part, *defines)
+def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+_loaded: dict[str, ModuleType] = {}
+
+
+def load(part: str) -> ModuleType:
+    """The module with the functions that csrc/testing/{part}_module.cpp binds."""
+    if part not in _loaded:
+        _loaded[part] = _load(build(part))
+    return _loaded[part]
+
+
+def edited(*edits: tuple[str, str, str]) -> dict[str, str]:
+    """Texts of files of csrc after edits (file, old, new); each old text must stand in its file once."""
+    texts: dict[str, str] = {}
+    for name, old, new in edits:
+        text = texts.get(name) or (ROOT / "csrc" / name).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{name} must have {old!r} once, and has it {text.count(old)} times")
+        texts[name] = text.replace(old, new)
+    return texts
+
+
+@contextlib.contextmanager
+def changed(part: str, variant: str, texts: dict[str, str]) -> Iterator[ModuleType]:
+    """Inside, load(part) gives a build with these texts of files of csrc. Of one variant the latest is kept."""
+    before = load(part)
+    _loaded[part] = _load(build(part, variant, texts))
+    try:
+        yield _loaded[part]
+    finally:
+        _loaded[part] = before
 
 
 def sanitizer_environment() -> dict[str, str]:

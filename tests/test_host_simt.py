@@ -78,6 +78,7 @@ TILE = bf16_bits(draw(384)).view(np.float32)
 CASES = {
     "reverse": Case(draw(240), lambda x: x.reshape(5, 48)[:, ::-1].ravel(), 5, 48, shared_bytes=192),
     "reverse_static": Case(draw(192), lambda x: x.reshape(3, 64)[:, ::-1].ravel(), 3, 64),
+    "quads": Case(draw(480), lambda x: x.reshape(5, 96)[:, ::-1].ravel(), 5, 24, shared_bytes=480),
     "warp": Case(draw(192), shuffles, 2, 96, shared_bytes=384),
     "mma_bf16": Case(draw(512), product(16), 1, 32),
     "mma_f16": Case(draw(512), product(16), 1, 32),
@@ -131,6 +132,9 @@ BROKEN = [
     ("reverse_static", "no_barrier", "nothing was written there|race with a read"),
     ("reverse_static", "out_of_range", r"byte 256 of s of block .* \(256 bytes\): out of range"),
     ("reverse_static", "unwritten", "byte 12 of s of block .* nothing was written there"),
+    ("quads", "out_of_range", "writes 4 bytes, byte .* of shared memory .* out of range"),
+    ("quads", "unwritten", "byte 398 of shared memory .* nothing was written there"),
+    ("quads", "short", r"nothing was written to byte 16 of y \(1920 bytes\)"),
     ("warp", "no_barrier", "nothing was written there|race with a (read|write)"),
     ("warp", "divergent", "lane 5 has ended|ends, while other lanes of its warp wait for it in shfl"),
     ("warp", "other_barrier", "divergent warp"),
@@ -169,6 +173,20 @@ def test_a_broken_kernel_is_reported(simt, kernel, broken, report, seed):
 def test_swapped_fragment_registers_show(simt, kernel):
     wrong = run(simt, kernel, 0, "swapped") != CASES[kernel].result(CASES[kernel].x)
     assert wrong.mean() > 0.5
+
+
+@needs_tracking
+def test_edited_sources_stand_in_for_a_while(simt):
+    """How tests break the engines: as an edit of their sources."""
+    simt_kernels = "testing/simt_kernels.h"
+    edits = host.edited((simt_kernels, "y[1] = shfl_xor(x, 5);", "y[1] = shfl_xor(x, 4);"))
+    with host.changed("simt", "shuffle", edits) as broken:
+        assert host.load("simt") is broken and broken is not simt
+        wrong = (run(broken, "warp", 0) != CASES["warp"].result(CASES["warp"].x)).reshape(-1, 8)
+        assert wrong[:, 1].any() and not wrong[:, [0, *range(2, 8)]].any()
+    assert host.load("simt") is simt
+    with pytest.raises(ValueError, match="0 times"):
+        host.edited((simt_kernels, "no such text", ""))
 
 
 def test_launch_limits(simt):

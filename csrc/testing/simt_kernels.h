@@ -52,14 +52,34 @@ __global__ void reverse(Args a) {
 
 // The same in static shared memory, for blocks of 64.
 __global__ void reverse_static(Args a) {
-  SK_SHARED_STATIC(double, unused, 3);
+  SK_SHARED_STATIC(double, other, 3);
   SK_SHARED_STATIC(float, s, 64);
   const int t = int(threadIdx.x);
-  if (t < 3) unused[t] = 1;
+  if (t < 3) other[t] = 1;
   if (a.broken != kUnwritten || t != 3) s[t] = a.x[global_thread()];
   if (a.broken != kNoBarrier) block_sync();
   const float* from = s + 63 - t + (a.broken == kOutOfRange);
-  a.y[global_thread()] = *from;
+  a.y[global_thread()] = *from * float(other[0]);
+}
+
+struct alignas(16) Quad { float v[4]; };
+SK_DEVICE Quad quad_of(const float* x) { return {{x[0], x[1], x[2], x[3]}}; }
+template <class S> struct alignas(4) Pair { S v[2]; };
+
+// y = x with each block's elements in reverse order, four to a thread; through structs that functions return, and bf16.
+__global__ void quads(Args a) {
+  SK_SHARED(Quad, s);
+  auto* b = (Pair<bf16>*)(s + blockDim.x);
+  const int t = int(threadIdx.x), last = int(blockDim.x) - 1;
+  const Quad x = ld_cg((const Quad*)a.x + global_thread());
+  s[t + (a.broken == kOutOfRange ? 2 * blockDim.x : 0)] = quad_of(x.v);
+  if (a.broken != kUnwritten || t != 3) b[t].v[1] = from_float<bf16>(x.v[3]);
+  b[t].v[0] = from_float<bf16>(x.v[2]);
+  block_sync();
+  const Quad from = s[last - t];
+  const Pair<bf16> half = b[last - t];
+  if (a.broken == kShort && t == 1) return;
+  ((Quad*)a.y)[global_thread()] = Quad{{to_float(half.v[1]), to_float(half.v[0]), from.v[1], from.v[0]}};
 }
 
 // y [threads, 8]: shuffles of x, the two halves of a ballot, a shuffle within half a warp, an exchange through memory.

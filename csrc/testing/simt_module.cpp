@@ -13,7 +13,7 @@ template <class T> using Array = py::array_t<T, py::array::c_style>;
 
 struct Entry { const char* name; void (*kernel)(Args); };
 constexpr Entry kKernels[] = {
-    {"reverse", reverse}, {"reverse_static", reverse_static}, {"warp", warp},
+    {"reverse", reverse}, {"reverse_static", reverse_static}, {"quads", quads}, {"warp", warp},
     {"mma_bf16", mma<bf16>}, {"mma_f16", mma<half_t>}, {"mma_tf32", mma_tf32},
     {"tile", tile}, {"ring", ring}, {"ring_barrier", ring_barrier},
     {"cluster", cluster}, {"mail", mail}, {"arrive", arrive}, {"take_places", take_places},
