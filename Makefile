@@ -4,6 +4,9 @@
 #   make bench             install, build, a short benchmark with table and plot, a short real training
 #   make test-isa          the tests in every instruction set of this CPU, or in ISA="generic avx2"
 #   make results           the full benchmark: bench/results/cpu.jsonl, its plot and page, the README's table
+#   make cuda-check        compile the CUDA kernels for sm_80, sm_90 and sm_120; registers, spills (needs no GPU)
+#   make gpu               on a machine with a GPU: build for it, tests, sanitizer, comparison with cuDNN, with PYTHON's
+#                          own torch and no network;  ARGS="--only step|grid --quick" for a short call
 #   make format | check    ruff and clang-format over the sources
 #   make clean             what was built; make distclean: the environment too
 #
@@ -18,7 +21,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help test test-isa bench results format check clean distclean FORCE
+.PHONY: help test test-isa bench results cuda-check gpu format check clean distclean FORCE
 
 PYTHON ?= python3
 TORCH ?=
@@ -69,6 +72,13 @@ $(VENV)/linters.stamp: $(VENV)/installed.stamp .pre-commit-config.yaml
 	$(PY) -m pip install --quiet $$(grep -oE '(ruff|clang-format)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 	@touch $@
 
+# A toolkit from PyPI where the machine has none: what compiles, without the libraries.
+TOOLKIT := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
+$(VENV)/toolkit.stamp: $(VENV)/installed.stamp
+	@if $(PY) -c 'import sys; sys.path.insert(0, "tests"); import cuda_compile; sys.exit(cuda_compile.find_nvcc() is None)'; \
+	then echo "nvcc found"; else $(PY) -m pip install --quiet $(addsuffix ==13.0.*,$(TOOLKIT)); fi
+	@touch $@
+
 # ---- what one comes for
 
 test: $(VENV)/built.stamp
@@ -88,6 +98,12 @@ bench: $(VENV)/built.stamp
 results: $(VENV)/built.stamp
 	$(FORCED) $(PY) bench/run.py --device cpu --peak --memory --json bench/results/cpu.jsonl $(ARGS)
 	$(PY) bench/report.py bench/results/cpu.jsonl --readme
+
+cuda-check: $(VENV)/toolkit.stamp
+	$(PY) tests/cuda_compile.py $(ARGS)
+
+gpu:
+	$(PYTHON) bench/on_gpu.py $(ARGS)
 
 format: $(VENV)/linters.stamp
 	$(VENV)/bin/ruff check --fix .

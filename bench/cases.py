@@ -28,12 +28,14 @@ class Case:
     passes: str = "infer"  # infer: no gradients | train: forward, and backward to x and the weights
     dtype: str = "fp32"
     quick: bool = False  # stands for its group in a --quick run
+    engine: str = ""  # on a GPU, the engine of seqkern that is forced; "": seqkern's own choice
 
     @property
     def name(self) -> str:
         shape = f"B{self.batch}-T{self.time}-I{self.input}-H{self.hidden}"
         extras = [f"P{self.proj}"] * bool(self.proj) + [f"L{self.layers}"] * (self.layers > 1)
         extras += ["bi"] * self.bidirectional + ["packed"] * self.packed + ["carried"] * self.carried
+        extras += [self.engine] * bool(self.engine)
         return "-".join([self.cell, self.passes, self.dtype, shape, *extras])
 
     def flops(self, rows: int) -> int:
@@ -111,15 +113,18 @@ def memory_cases() -> list[Case]:
     return [Case("long", cell, 8, 4000, 256, 256, passes="train", quick=cell == "lstm") for cell in GATES]
 
 
-def select(patterns: Sequence[str], quick: bool, memory: bool) -> list[Case]:
+def select(patterns: Sequence[str], quick: bool, memory: bool, everything: Sequence[Case] | None = None) -> list[Case]:
     """The cases that match any of the patterns (a case's name, a group, or a glob of either), else the default set.
+
+    Args:
+        everything: what is chosen from; by default the CPU's cases, to which memory adds the long ones.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    known = all_cases() + memory_cases()
+    known = all_cases() + memory_cases() if everything is None else everything
     if not patterns:
-        chosen = all_cases() + (memory_cases() if memory else [])
+        chosen = known if everything is not None else all_cases() + (memory_cases() if memory else [])
         return [case for case in chosen if case.quick] if quick else chosen
     for pattern in patterns:
         if not any(_matches(case, pattern) for case in known):

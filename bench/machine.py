@@ -19,6 +19,13 @@ def built_hash() -> str:
     return json.loads(torch.ops.seqkern._build_info())["csrc"]
 
 
+def cuda_archs() -> str:
+    """What the extension's CUDA kernels were compiled for; "" where there are none."""
+    if not hasattr(torch.ops.seqkern, "_build_info"):
+        return ""
+    return json.loads(torch.ops.seqkern._build_info()).get("cuda_archs", "")
+
+
 def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

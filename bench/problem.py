@@ -47,7 +47,7 @@ class Problem:
     def __init__(self, case: Case, device: str):
         self.case = case
         self.train = case.passes == "train"
-        generator = torch.Generator().manual_seed(20240229)
+        generator = torch.Generator(device).manual_seed(20240229)
         dtype = DTYPES[case.dtype]
         torch.manual_seed(0)
         options = {"num_layers": case.layers, "bidirectional": case.bidirectional}
@@ -61,12 +61,13 @@ class Problem:
             layer.train(self.train)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
         x, packing = normal(case.time, case.batch, case.input), None
         self.rows = case.time * case.batch
         if case.packed:
-            lengths = torch.randint((case.time + 1) // 2, case.time + 1, (case.batch,), generator=generator)
+            least = (case.time + 1) // 2
+            lengths = torch.randint(least, case.time + 1, (case.batch,), generator=generator, device=device).cpu()
             packing = pack_padded_sequence(x, lengths, enforce_sorted=False)
             x, self.rows = packing.data, int(lengths.sum())
         out, directions = case.proj or case.hidden, 2 if case.bidirectional else 1
@@ -93,8 +94,9 @@ class Problem:
         return {name: value.detach() for name, value in results.items()}
 
     def truth(self) -> Results:
-        """The same in float64, by torch.nn, from the rounded weights and inputs."""
-        return self.call(copy.deepcopy(self.torch).double(), self.inputs.to(torch.float64))
+        """The same in float64, by torch.nn without cuDNN, from the rounded weights and inputs."""
+        with torch.backends.cudnn.flags(enabled=False):
+            return self.call(copy.deepcopy(self.torch).double(), self.inputs.to(torch.float64))
 
     def timed(self, layer: nn.Module) -> Callable[[], object]:
         """What is timed: a call in inference mode, or forward and backward to x and the weights, .grad None before."""
@@ -128,11 +130,14 @@ def error(result: Tensor, truth: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def check(results: Results, native: Results, truth: Results, dtype: torch.dtype, slack: float = 1) -> float:
+def check(
+    results: Results, native: Results, truth: Results, dtype: torch.dtype, slack: float = 1, eps: float | None = None
+) -> float:
     """Holds every tensor to 4 times the error of torch's own layer in the same dtype, plus 4 eps, both against float64.
 
     Args:
         slack: widens the bound, for peers that approximate the activations.
+        eps: of the arithmetic, where that is coarser than the dtype's (TF32); by default the dtype's.
 
     Returns:
         The largest error as a fraction of its bound.
@@ -144,7 +149,7 @@ def check(results: Results, native: Results, truth: Results, dtype: torch.dtype,
         raise WrongResult(f"wanted {', '.join(native)}, got {', '.join(results)}")
     worst = 0.0
     for name, value in results.items():
-        bound = slack * (4 * error(native[name], truth[name]) + 4 * torch.finfo(dtype).eps)
+        bound = slack * (4 * error(native[name], truth[name]) + 4 * (eps or torch.finfo(dtype).eps))
         found = error(value, truth[name])
         if not found <= bound:
             raise WrongResult(f"{name} is off by {found:.1e} of its largest value, more than {bound:.1e}")

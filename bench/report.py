@@ -5,6 +5,7 @@
 
 Writes NAME.png and NAME.md beside the first NAME.jsonl. With --readme it also replaces what stands between the markers
 in README.md; nothing else writes numbers there, and lines of a --quick run or without the extension are refused.
+Lines of a GPU have a table, a page and markers of their own.
 """
 
 import argparse
@@ -15,14 +16,24 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from bench.plot import plot  # noqa: E402
+from bench import gpu_summary  # noqa: E402
 from bench.sources import ROOT, csrc_hash  # noqa: E402
-from bench.summary import COLUMNS, TITLES, WORDS, Cell, Line, Setting, read, settings, verdict  # noqa: E402
+from bench.summary import (  # noqa: E402
+    COLUMNS,
+    TITLES,
+    WORDS,
+    Cell,
+    Line,
+    Setting,
+    markdown_table,
+    read,
+    settings,
+    verdict,
+)
+from bench.terminal import Console, Table  # noqa: E402
 
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- /results -->"
+GPU_BEGIN, GPU_END = "<!-- gpu: written by bench/report.py -->", "<!-- /gpu -->"
 COLORS = {"win": "green", "even": "yellow", "loss": "red", "wrong": "bold white on red"}
 MARKS = {"win": "", "even": " ~", "loss": " slower", "wrong": " WRONG"}
 
@@ -112,11 +123,6 @@ def counts(setting: Setting) -> str:
 # ------------------------------------------------------------------------------------------------------- markdown
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
 def summary_markdown(setting: Setting, plot: str, page: str, csrc: str) -> str:
     columns = columns_of(setting)
     rows = []
@@ -148,28 +154,89 @@ def every_case_markdown(setting: Setting) -> str:
     return f"{setting.where()}\n\n{markdown_table(head, rows)}\n"
 
 
-def replace_between_markers(text: str, content: str) -> str:
+def replace_between_markers(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with new content between the markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"wanted {BEGIN} and {END}, once each and in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"wanted {begin} and {end}, once each and in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def refusal(lines: Sequence[Line]) -> str | None:
     """Why these lines may not go into the README, or None."""
     if any(line.get("quick") for line in lines):
         return "these lines are from a --quick run"
-    if any(line["isa"] == "reference" for line in lines):
-        return "these lines were measured without the extension"
+    cuda = lines[0]["device"] == "cuda"
+    ran = [line.get("engine", "unknown") if cuda else line["isa"] for line in lines]
+    if {"reference", "unknown"} & set(ran):
+        return "these lines were measured without the extension" + " or its CUDA engines" * cuda
     return None
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+
+
+def draw(setting: Setting, image: Path, console: Console, where: str | None = None) -> Path | None:
+    """The plot's path; None where nothing was timed or matplotlib is not installed."""
+    if all("wrong" in line for line in setting.lines):
+        return None
+    try:
+        from bench.plot import plot, plot_gpu
+    except ImportError:
+        console.print("no plot: matplotlib is not installed", markup=False)
+        return None
+    if where is None:
+        plot(setting, image)
+    else:
+        plot_gpu(setting, where, image)
+    console.print(f"plot: {image}", markup=False)
+    return image
+
+
+def relative(path: Path, readme: Path | None) -> str:
+    return os.path.relpath(path.resolve(), (readme or ROOT / "README.md").resolve().parent).replace(os.sep, "/")
+
+
+def report_cpu(lines: Sequence[Line], base: Path, readme: Path | None, console: Console) -> str:
+    """Prints, plots and writes the page; returns the README's part."""
+    csrc, sections, pages = csrc_hash(), [], []
+    page = base.with_suffix(".md")
+    for setting in settings(lines):
+        first = setting.lines[0]
+        suffix = f"-{first['isa']}-{first['threads']}t" if sections else ""
+        print_setting(setting, console)
+        if stale := setting.stale(csrc):
+            console.print(f"[yellow]{stale} of {len(setting.lines)} lines were measured on other sources in csrc/[/]")
+        image = base.with_name(f"{base.stem}{suffix}.png")
+        draw(setting, image, console)
+        sections.append(summary_markdown(setting, relative(image, readme), relative(page, readme), csrc))
+        pages.append(every_case_markdown(setting))
+    page.write_text("# Every case\n\n" + "\n".join(pages))
+    console.print(f"every case: {page}", markup=False)
+    return "\n\n".join(sections)
+
+
+def report_gpu(lines: Sequence[Line], base: Path, readme: Path | None, console: Console) -> str:
+    """Prints, plots and writes the page; returns the README's part."""
+    csrc, sections, pages = csrc_hash(), [], []
+    page = base.with_suffix(".md")
+    for setting in gpu_summary.by_gpu(lines):
+        section = gpu_summary.summary(setting, csrc)
+        console.print(section, markup=False)
+        image = base.with_name(f"{base.stem}{'-2' * len(pages)}.png")
+        image = draw(setting, image, console, gpu_summary.where(setting))
+        links = f"[Every case]({relative(page, readme)})."
+        if image:
+            links += f"\n\n![ratio of each case, by regime]({relative(image, readme)})"
+        sections.append(f"{section}\n\n{links}")
+        pages.append(gpu_summary.page(setting, csrc))
+    page.write_text("# Beside cuDNN\n\n" + "\n".join(pages))
+    console.print(f"every case: {page}", markup=False)
+    return "\n\n".join(sections)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,34 +251,19 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as unreadable:
         console.print(str(unreadable), markup=False)
         return 2
-    if not lines:
-        console.print(f"{', '.join(map(str, options.json))}: no lines", markup=False)
+    devices = {line["device"] for line in lines}
+    if len(devices) != 1:
+        wanted = "no lines" if not lines else f"wanted lines of one device, got {' and '.join(sorted(devices))}"
+        console.print(f"{', '.join(map(str, options.json))}: {wanted}", markup=False)
         return 2
     if options.readme and (reason := refusal(lines)):
         console.print(f"{options.readme} is left as it is: {reason}", markup=False)
         return 2
-
-    csrc, base, sections, pages = csrc_hash(), options.json[0], [], []
-    page = base.with_suffix(".md")
-    for setting in settings(lines):
-        first = setting.lines[0]
-        suffix = f"-{first['isa']}-{first['threads']}t" if sections else ""
-        print_setting(setting, console)
-        if stale := setting.stale(csrc):
-            console.print(f"[yellow]{stale} of {len(setting.lines)} lines were measured on other sources in csrc/[/]")
-        image = base.with_name(f"{base.stem}{suffix}.png")
-        if any("wrong" not in line for line in setting.lines):
-            plot(setting, image)
-            console.print(f"plot: {image}", markup=False)
-        root = (options.readme or ROOT / "README.md").resolve().parent
-        relative = [os.path.relpath(path.resolve(), root).replace(os.sep, "/") for path in (image, page)]
-        sections.append(summary_markdown(setting, *relative, csrc))
-        pages.append(every_case_markdown(setting))
-    page.write_text("# Every case\n\n" + "\n".join(pages))
-    console.print(f"every case: {page}", markup=False)
+    cuda = devices == {"cuda"}
+    section = (report_gpu if cuda else report_cpu)(lines, options.json[0], options.readme, console)
     if options.readme:
         text = options.readme.read_text()
-        options.readme.write_text(replace_between_markers(text, "\n\n".join(sections)))
+        options.readme.write_text(replace_between_markers(text, section, *((GPU_BEGIN, GPU_END) if cuda else ())))
         console.print(f"updated: {options.readme}", markup=False)
     return 1 if any("wrong" in line for line in lines) else 0
 

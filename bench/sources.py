@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def csrc_hash() -> str:
         digest.update(path.encode())
         digest.update((ROOT / path).read_bytes())
     return digest.hexdigest()[:12]
+
+
+def slug(name: str) -> str:
+    """A GPU's name as a file's: "NVIDIA H200" is nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
 
 
 def commit() -> str:

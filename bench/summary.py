@@ -17,7 +17,8 @@ REQUIRED = (*SETTING, "case", "group", "pass", "dtype", "peer")
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
-    """The lines of the files, the latest of each case, peer and setting (device, CPU model, ISA, threads).
+    """The lines of the files, the latest of each case, peer and setting (device, CPU model, ISA, threads,
+    GPU).
 
     Raises:
         ValueError: a line is not JSON or lacks a field, with the file and the line's number.
@@ -34,7 +35,8 @@ def read(paths: Iterable[Path]) -> list[Line]:
             needed = REQUIRED if "wrong" in line else (*REQUIRED, "ratio", "ms", "peer_ms")
             if absent := [key for key in needed if key not in line]:
                 raise ValueError(f"{path}:{number}: lacks {', '.join(absent)}")
-            latest[(*(line[key] for key in SETTING), line["case"], line["peer"])] = line
+            setting = (*(line[key] for key in SETTING), line.get("gpu"))
+            latest[(*setting, line["case"], line["peer"])] = line
     return list(latest.values())
 
 
@@ -112,6 +114,11 @@ class Setting:
 def settings(lines: Sequence[Line]) -> list[Setting]:
     keys = _unique(tuple(line[key] for key in SETTING) for line in lines)
     return [Setting([line for line in lines if tuple(line[key] for key in SETTING) == key]) for key in keys]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def _unique(values: Iterable) -> list:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Run = Callable[[], object]
+Sample = Callable[[Run, int], float]  # a callable and how often to call it, to seconds per call
 
 
 def percentile(samples: Sequence[float], p: float) -> float:
@@ -91,29 +92,29 @@ class Paired:
         }
 
 
-def _sample(run: Run, calls: int, synchronize: Callable[[], None]) -> float:
+def clock(run: Run, calls: int) -> float:
+    """Seconds per call by this process's clock."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    synchronize()
     return (time.perf_counter() - start) / calls
 
 
-def _warm(run: Run, synchronize: Callable[[], None], sample: float = 1e-3) -> tuple[float, int]:
-    """Calls until caches, pools and pages are there; returns a call's duration and how many make one sample."""
-    first = _sample(run, 1, synchronize)
+def _warm(run: Run, sample: Sample, span: float = 1e-3) -> tuple[float, int]:
+    """Calls until caches, pools and pages are there; returns a call's duration and how many make `span` seconds."""
+    first = sample(run, 1)
     if first > 0.5:
         return first, 1
-    _sample(run, max(2, min(20, int(0.02 / first))), synchronize)
-    duration = _sample(run, 1, synchronize)
-    return duration, max(1, min(1000, math.ceil(sample / duration)))
+    sample(run, max(2, min(20, int(0.02 / first))))
+    duration = sample(run, 1)
+    return duration, max(1, min(1000, math.ceil(span / duration)))
 
 
 def paired(
     ours: Run,
     peer: Run,
     budget: Budget,
-    synchronize: Callable[[], None] = lambda: None,
+    sample: Sample = clock,
     linger: float = 5e-3,
 ) -> Paired:
     """Times two callables in turn, A B B A, until the budget is used.
@@ -122,7 +123,7 @@ def paired(
     change of sides waits `linger` seconds, longer than the pools spin, and where calls are short makes one untimed call
     that wakes the side's own pool.
     """
-    durations, counts = zip(_warm(ours, synchronize), _warm(peer, synchronize), strict=True)
+    durations, counts = zip(_warm(ours, sample), _warm(peer, sample), strict=True)
     sides, result = (ours, peer), Paired()
     samples = (result.ours, result.peer)
     collecting = gc.isenabled()
@@ -135,9 +136,9 @@ def paired(
                 if side != current:
                     time.sleep(linger)
                     if durations[side] < 1e-2:
-                        _sample(sides[side], 1, synchronize)
+                        sample(sides[side], 1)
                     current = side
-                samples[side].append(_sample(sides[side], counts[side], synchronize))
+                samples[side].append(sample(sides[side], counts[side]))
             result.ratios.append(sum(result.peer[-2:]) / sum(result.ours[-2:]))
             elapsed = time.perf_counter() - start
             if elapsed >= budget.high or (len(result.ours) >= budget.samples and elapsed >= budget.low):

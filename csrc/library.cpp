@@ -12,11 +12,12 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 STABLE_TORCH_LIBRARY(seqkern, m) {
   // One layer, one or two directions. Shapes: seqkern/reference.py, `layer`. `save`: keep what backward needs.
+  // `tf32`: float32 operands of matrix products on a GPU may be rounded to TF32.
   m.def("rnn_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, str cell,"
-        " bool bidirectional, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+        " bool bidirectional, bool save, bool tf32=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
   m.def("rnn_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
         " Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor reserve, str cell, bool bidirectional,"
-        " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+        " bool need_dx, bool need_dw, bool tf32=False) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build
   m.def("_cpu_isa() -> str");                          // the instruction set in use
   m.def("_cpu_isas() -> str");                         // those that this CPU can run
@@ -24,6 +25,8 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("_cpu_peak(str dtype, int threads) -> float");  // GF/s of multiply-adds on registers
   // The work split of a call: directions at once, parts of the batch, parts of the hidden units.
   m.def("_cpu_plan(int steps, int batch, int input, int hidden, int output, str cell, bool bidirectional) -> int[]");
+  // The engine that a call on CUDA device `device` would take, and its tiles: JSON. sizes: T, B, H, P.
+  m.def("_cuda_plan(int[] sizes, str cell, str dtype, bool tf32, bool bidirectional, bool backward, int device) -> str");
 }
 
 namespace {

@@ -14,7 +14,8 @@ from . import ops, reference
 
 __all__ = ["gru", "lstm", "rnn"]
 
-KERNEL_DEVICES = frozenset({"cpu", "meta"})  # meta runs the operator's shape function
+# meta runs the operator's shape function.
+KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.BUILT_WITH_CUDA else {"cpu", "meta"})
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -87,10 +88,10 @@ def run_layer(
     if has_kernel(x.device, x.dtype) and not _transformed():
         save = torch.is_grad_enabled() and _wants_grad(sequence, weights)
         if save or torch.compiler.is_compiling():
-            return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, save)
+            return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, save, ops.tf32_allowed(x))
         # Autograd, which has nothing to do here, costs as much Python time as all the rest of a one-step call.
         with torch._C._AutoDispatchBelowAutograd():
-            return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, False)
+            return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, False, ops.tf32_allowed(x))
     return _reference_layer(cell, sequence, weights, batch_sizes, bidirectional)
 
 
@@ -188,7 +189,7 @@ def rnn(
         batch_sizes: [T] int64 on the CPU, as in PackedSequence: input is packed. Default: None.
 
     All tensors are of one dtype (autocast casts them) and on one device. float64, float32, bfloat16 and float16 on
-    the CPU run on the fused kernels, everything else on `seqkern.reference`.
+    the CPU, and on CUDA where the build has it, run on the fused kernels, everything else on `seqkern.reference`.
 
     Returns:
         y [T, B, D*H] ([B, T, D*H], [N, D*H]) and h_n [L*D, B, H].

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import functional, modules, reference
+from . import functional, modules, ops, reference
 
 _LAYERS = (modules.RNN, modules.LSTM, modules.GRU)
 _CELLS = (modules.RNNCell, modules.LSTMCell, modules.GRUCell)
@@ -29,16 +29,18 @@ __version__ = build()["version"]
 class Plan:
     """Which engine runs a call, and why. `str()` is for people."""
 
-    engine: str  # cpu-generic, cpu-avx2, cpu-avx512, cpu-avx512_bf16, cpu-amx, or reference
+    engine: str  # cpu-generic, cpu-avx2, cpu-avx512, cpu-avx512_bf16, cpu-amx, cuda-grid, cuda-step, or reference
     why: str
     call: str  # the call that was planned, in words
-    threads: int = 0  # that work on one layer; 0 where the engine does not say
-    split: str = ""  # how they share it
+    threads: int = 0  # of the CPU that work on one layer; 0 where the engine does not say
+    split: str = ""  # how they share it; on CUDA, the tiles
 
     def __str__(self) -> str:
         lines = [f"{self.call}: engine {self.engine}", f"  {self.why}"]
         if self.threads:
             lines.append(f"  {self.threads} thread{'s' * (self.threads > 1)} a layer: {self.split}")
+        elif self.split:
+            lines += [f"  {line}" for line in self.split.splitlines()]
         return "\n".join(lines)
 
 
@@ -56,6 +58,32 @@ def _cpu_split(module: nn.Module, batch: int, time: int, cell: str) -> tuple[int
         f"{n} {what}" for n, what in ((directions, "directions"), (rows, "row groups"), (units, "unit groups")) if n > 1
     ]
     return directions * rows * units, " x ".join(parts) or "not split"
+
+
+def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.dtype], device: torch.device) -> Plan:
+    """What the CUDA planner says of the module's first layer, forward and backward."""
+    batch, time, cell, dtype = shape
+    if not torch.cuda.is_available():
+        why = f"no kernel for device {device.type}: built for {build()['cuda_archs']}, but torch finds no GPU here"
+        return Plan("reference", why, call)
+    bidirectional = getattr(module, "bidirectional", False)
+    sizes = [time, batch, module.hidden_size, getattr(module, "proj_size", 0) or module.hidden_size]
+    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    lines, engines = [], []
+    for name, backward in (("forward", False), ("backward", True)):
+        p = json.loads(torch.ops.seqkern._cuda_plan(sizes, cell, _short(dtype), tf32, bidirectional, backward, index))
+        engines.append(p["engine"])
+        line = f"{name}: {p['why']}"
+        if p["engine"] == "grid":
+            line += (
+                f"; {p['directions'] * p['tiles'] * p['ctas']} blocks of {p['threads']} threads: {p['directions']} "
+                f"directions x {p['tiles']} batch tiles of {p['batch_tile']} rows x {p['ctas']} blocks of "
+                f"{p['units_per_cta']} units, {p['shared_bytes'] / 1024:.0f} KiB of shared memory each"
+            )
+        lines.append(line)
+    why = f"fused kernels for {cell} in {_short(dtype)} on {torch.cuda.get_device_name(index)}"
+    return Plan(f"cuda-{engines[0]}", why, call, split="\n".join(lines))
 
 
 def explain(module: nn.Module, batch: int, time: int, device: torch.device | str | None = None) -> Plan:
@@ -90,9 +118,13 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
     call = f"{type(module).__name__} {_short(dtype)} on {device}, {sizes}"
     if not functional.has_kernel(device, dtype):
         reason = f"device {device.type}" if device.type not in functional.KERNEL_DEVICES else f"dtype {_short(dtype)}"
+        if device.type == "cuda" and not ops.BUILT_WITH_CUDA:
+            reason += " in this build (with a CUDA toolkit and a CUDA build of torch, SEQKERN_CUDA=1 builds it)"
         return Plan("reference", f"no kernel for {reason}: seqkern.reference, in plain torch operations", call)
     if device.type == "meta":
         return Plan("meta", "shapes only, nothing is computed", call)
+    if device.type == "cuda":
+        return _cuda_plan(module, call, (batch, time, cell, dtype), device)
     isa = torch.ops.seqkern._cpu_isa()
     why = f"fused kernels for {cell} in {_short(dtype)}, compiled for {isa}"
     return Plan(f"cpu-{isa}", why, call, *_cpu_split(module, batch, time, cell))

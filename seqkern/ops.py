@@ -12,6 +12,15 @@ from .reference import CELLS
 
 rnn_layer = torch.ops.seqkern.rnn_layer.default
 rnn_layer_backward = torch.ops.seqkern.rnn_layer_backward.default
+BUILT_WITH_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("seqkern::rnn_layer", "CUDA")
+
+
+def tf32_allowed(x: Tensor) -> bool:
+    """Whether float32 products for x may round to TF32: torch's rule for RNNs, which is not that for its matmul.
+
+    `torch.backends.cudnn.allow_tf32` and the newer `torch.backends.cudnn.rnn.fp32_precision` set it; default: yes.
+    """
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
 class _Sizes:
@@ -34,7 +43,7 @@ class _Sizes:
 
 
 @torch.library.register_fake("seqkern::rnn_layer")
-def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save):
+def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32=False):
     s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
     if not s.packed:
         batch = x.size(1)
@@ -54,7 +63,7 @@ def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save):
 
 
 def _rnn_layer_setup(ctx, inputs, output):
-    x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _ = inputs
+    x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _, ctx.tf32 = inputs
     y, _, c_n, reserve = output
     ctx.count = len(weights)
     ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
@@ -65,12 +74,11 @@ def _rnn_layer_setup(ctx, inputs, output):
 def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
+    others = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None:
-        return None, None, None, [None] * ctx.count, None, None, None, None
-    options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights))
-    dx, dh0, dc0, dweights = rnn_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
-    )
+        return None, None, None, [None] * ctx.count, *others
+    options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.tf32)
+    dx, dh0, dc0, dweights = rnn_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options)
     if not dweights:
         dweights = [None] * ctx.count
     return (
@@ -78,7 +86,7 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
         dh0 if need_h0 else None,
         dc0 if need_c0 else None,
         [g if n else None for g, n in zip(dweights, need_weights, strict=True)],
-        *[None] * 4,
+        *others,
     )
 
 
@@ -86,7 +94,7 @@ torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup
 
 
 @torch.library.register_fake("seqkern::rnn_layer_backward")
-def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx, need_dw):
+def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx, need_dw, tf32=False):
     s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
     known = next((t for t in (h0, c0, dh_n, dc_n) if t is not None), None)
     if not s.packed:
@@ -105,7 +113,7 @@ def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirec
 
 def _double_setup(ctx, inputs, output):
     dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes = inputs[:8]
-    ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[10:]
+    ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[10:14]
     ctx.set_materialize_grads(False)
     ctx.count = len(weights)
     ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
@@ -135,7 +143,11 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
         inputs = [t for t in (x, h0, c0, *weights) if t is not None]
         first = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True,
+            [o for o, _ in pairs],
+            inputs,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
             materialize_grads=True,
         )
         # Match the operator's outputs (dx, dh0, dc0, dweights) with what came back for each.
@@ -149,7 +161,11 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         if pairs:
             grads = iter(
                 torch.autograd.grad(
-                    [f for f, _ in pairs], leaves, [s for _, s in pairs], create_graph=create_graph, allow_unused=True,
+                    [f for f, _ in pairs],
+                    leaves,
+                    [s for _, s in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
                     materialize_grads=True,
                 )
             )
@@ -158,7 +174,7 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
     grads = [next(grads) if t is not None else None for t in wanted]
     flags = [*needed[:6], *needed[6]]
     grads = [g if n else None for g, n in zip(grads, flags, strict=True)]
-    return (*grads[:6], grads[6:], *[None] * 7)
+    return (*grads[:6], grads[6:], *[None] * (len(needed) - 7))
 
 
 torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward, setup_context=_double_setup)

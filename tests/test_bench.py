@@ -157,7 +157,10 @@ def test_flops_by_hand():
     assert Case("", "lstm", 2, 5, 3, 4, proj=2).flops(10) == 2 * 10 * (16 * (3 + 2) + 2 * 4)
 
 
-def test_cuda_without_kernels_is_one_sentence(capsys):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cuda_without_kernels_is_one_sentence(capsys, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(run.machine, "cuda_archs", lambda: "")
     assert run.main(["--device", "cuda"]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("--device cuda") and message.endswith(".") and "Traceback" not in message

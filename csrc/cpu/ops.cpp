@@ -12,22 +12,12 @@
 #include <sys/mman.h>
 #endif
 
-#include "../core/check.h"
+#include "../core/operands.h"
 #include "dispatch.h"
 #include "plan.h"
 
 namespace seqkern {
 namespace {
-using Optional = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
-Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_zeros(like, sizes); }
-Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
-Optional dense(const Optional& t) { return t ? Optional(dense(*t)) : std::nullopt; }
-void* data(const Tensor& t) { return t.mutable_data_ptr(); }
-void* data(const Optional& t) { return t ? data(*t) : nullptr; }
-
 // Tells the system to back memory that is fresh from it, as malloc's always is from 32 MiB on, with pages of 2 MiB: two
 // threads that write it for the first time otherwise spend as long in page faults as in arithmetic.
 void in_large_pages(const Tensor& t) {
@@ -88,7 +78,6 @@ void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor&
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
     a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions,
                        int64_t(like.element_size() < 4 ? 4 : like.element_size()), min_rows, threads);
-    if (const char* e = getenv("SK_PLAN")) { if (threads > 1) sscanf(e, "%d,%d,%d", &a.plan.directions, &a.plan.rows, &a.plan.units); }
     std::vector<int64_t> bounds = cut_rows(p.sizes, p.batch, p.rows, a.plan.rows);
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
     a.row_bounds = bounds.data();
@@ -101,44 +90,11 @@ void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor&
   }
 }
 
-// A sequence's rows must be dense; any strides do between rows and steps.
-Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : dense(t); }
-Sequence sequence(const Tensor& t, bool packed) {
-  return {data(t), packed ? 0 : t.stride(0), t.stride(packed ? 0 : 1), packed};
-}
-
-Weights weights_at(const Problem& p, const Tensors& w, int64_t d) {
-  const Tensor* first = w.data() + d * p.per_direction;
-  return {data(first[0]), data(first[1]), p.biased ? data(first[2]) : nullptr, p.biased ? data(first[3]) : nullptr,
-          p.projected ? data(first[p.per_direction - 1]) : nullptr};
-}
-
-LayerArgs common_args(const Problem& p, const Tensor& x, const Optional& h0, const Optional& c0, const Tensors& w,
-                      const Tensor& y, const Optional& reserve) {
-  LayerArgs a{};
-  a.steps = p.steps; a.batch = p.batch; a.rows = p.rows; a.input = p.input; a.hidden = p.hidden; a.output = p.output;
-  a.directions = p.directions;
-  a.sizes = p.sizes.data();
-  a.starts = p.starts.data();
-  a.x = sequence(x, p.packed);
-  a.h0 = data(h0);
-  a.c0 = data(c0);
-  for (int64_t d = 0; d < p.directions; ++d) a.weights[d] = weights_at(p, w, d);
-  a.y = data(y);
-  a.reserve = data(reserve);
-  return a;
-}
-
-int64_t reserve_size(const Problem& p) { return p.directions * p.rows * p.cell.saved * p.hidden; }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Optional h0, Optional c0, Tensors weights,
-                                                   Optional batch_sizes, std::string cell, bool bidirectional,
-                                                   bool save) {
+ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
+                       bool bidirectional, bool save, bool /* tf32: CUDA's */) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
   const bool lstm = p.cell.cell == Cell::kLstm;
-  Tensor y = empty(x, p.y_sizes()), h_n = empty(x, {p.directions, p.batch, p.output});
-  Tensor c_n = lstm ? empty(x, {p.directions, p.batch, p.hidden}) : empty(x, {0});
-  Tensor reserve = empty(x, {save ? reserve_size(p) : 0});
+  auto [y, h_n, c_n, reserve] = forward_outputs(p, x, save);
   in_large_pages(reserve);
   if (p.rows == 0) return {y, h_n, c_n, reserve};
   x = with_dense_rows(x);
@@ -152,28 +108,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Optional h0, Option
   return {y, h_n, c_n, reserve};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0,
-                                                     Optional c0, Tensors weights, Optional batch_sizes, Tensor y,
-                                                     Tensor reserve, std::string cell, bool bidirectional,
-                                                     bool need_dx, bool need_dw) {
+BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0, Tensors weights,
+                         Optional batch_sizes, Tensor y, Tensor reserve, std::string cell, bool bidirectional,
+                         bool need_dx, bool need_dw, bool tf32) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
   const bool lstm = p.cell.cell == Cell::kLstm;
-  const std::vector<int64_t> state{p.directions, p.batch, p.output}, cell_state{p.directions, p.batch, p.hidden};
-  Wanted want{cell, x.scalar_type()};
-  want.check(dy, "dy", p.packed ? "[N, D*P]" : "[T, B, D*P]", p.y_sizes());
-  want.check(y, "y", p.packed ? "[N, D*P]" : "[T, B, D*P]", p.y_sizes());
-  want.check(dh_n, "dh_n", "[D, B, P]", state);
-  if (lstm) want.check(dc_n, "dc_n", "[D, B, H]", cell_state);
+  check_cotangents(p, cell, x.scalar_type(), dy, dh_n, dc_n, y);
   if (p.cell.saved && reserve.numel() == 0)  // forward kept nothing: run it again
-    std::tie(y, std::ignore, std::ignore, reserve) = forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true);
-  want.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
+    std::tie(y, std::ignore, std::ignore, reserve) =
+        forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true, tf32);
+  Wanted{cell, x.scalar_type()}.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
 
-  std::vector<int64_t> x_sizes = sizes_of(x);
-  Tensor dx = empty(x, need_dx ? x_sizes : std::vector<int64_t>{0}), dh0 = empty(x, state);
-  Tensor dc0 = empty(x, lstm ? cell_state : std::vector<int64_t>{0});
-  Tensors dweights;
-  for (const Tensor& w : weights)
-    if (need_dw) dweights.push_back(p.rows ? empty(w, sizes_of(w)) : zeros(w, sizes_of(w)));
+  auto [dx, dh0, dc0, dweights] = backward_outputs(p, x, weights, need_dx, need_dw);
   if (p.rows == 0) return {dx, dh0, dc0, dweights};
   x = with_dense_rows(x);
   h0 = dense(h0);
@@ -200,7 +146,8 @@ std::string isa() { return cpu_kernels().isa; }
 std::string isas() { return cpu_isas(); }
 
 Tensor math(Tensor x, std::string name) {
-  STD_TORCH_CHECK(name == "exp" || name == "tanh" || name == "sigmoid", "name must be exp, tanh or sigmoid, got ", name);
+  STD_TORCH_CHECK(name == "exp" || name == "tanh" || name == "sigmoid", "name must be exp, tanh or sigmoid, got ",
+                  name);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "x must be float32 or float64, got ", dtype_name(x.scalar_type()));
   x = dense(x);

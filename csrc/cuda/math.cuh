@@ -1,0 +1,43 @@
+// Cells on float and double: the functions that core/cells.h asks for, and the cells themselves, in seqkern::cuda.
+// The same source is compiled by nvcc and, for host execution, by a C++ compiler.
+#pragma once
+#ifndef SK_NS
+#define SK_NS cuda
+#endif
+#ifdef SK_HOST
+#include <math.h>
+#endif
+#include "../core/args.h"
+#ifdef __CUDACC__
+#define SK_MATH __device__ __forceinline__
+#else
+#define SK_MATH inline
+#endif
+
+namespace seqkern { namespace SK_NS { namespace {
+
+// e^-x overflows to infinity where the sigmoid is below the normal numbers, and 1 / infinity is its limit. NaN passes.
+SK_MATH float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+SK_MATH double sigmoid(double x) { return 1. / (1. + exp(-x)); }
+SK_MATH float tanh_(float x) { return tanhf(x); }
+SK_MATH double tanh_(double x) { return tanh(x); }
+template <class V> SK_MATH V relu(V x) { return x < V(0) ? V(0) : x; }  // written so that a NaN passes
+template <class V> SK_MATH V positive(V x) { return x > V(0) ? V(1) : V(0); }
+
+}}}  // namespace seqkern::SK_NS
+
+#include "../core/cells.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+// f(a cell of the type that the number stands for).
+template <class F> void with_cell(Cell cell, const F& f) {
+  switch (cell) {
+    case Cell::kRnnTanh: return f(RnnTanh{});
+    case Cell::kRnnRelu: return f(RnnRelu{});
+    case Cell::kLstm: return f(Lstm{});
+    case Cell::kGru: return f(Gru{});
+  }
+}
+
+}}}  // namespace seqkern::SK_NS

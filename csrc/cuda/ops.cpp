@@ -1,0 +1,198 @@
+// The operators on CUDA tensors: check, plan, allocate, and call the layer on the caller's stream.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "../core/operands.h"
+#include "launch.h"
+#include "planner.h"
+
+namespace seqkern { namespace cuda {
+namespace {
+
+// Functions of torch's stable C interface that a torch without CUDA lacks: looked up, so that the extension imports
+// there.
+struct TorchCuda {
+  AOTITorchError (*stream)(int32_t device, void** stream);
+  AOTITorchError (*blas)(void** handle);
+  TorchCuda() {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    auto find = [&](const char* name) { return library ? dlsym(library, name) : nullptr; };
+    stream = (decltype(stream))find("aoti_torch_get_current_cuda_stream");
+    blas = (decltype(blas))find("torch_get_current_cuda_blas_handle");
+  }
+};
+const TorchCuda& torch_cuda() {
+  static const TorchCuda found;
+  return found;
+}
+
+void check_devices(const std::string& cell, const Tensor& x, std::initializer_list<const Optional*> some,
+                   const Tensors& weights) {
+  STD_TORCH_CHECK(x.is_cuda(), cell, ": x must be on a GPU as other arguments are, got one elsewhere");
+  auto check = [&](const Tensor& t) {
+    STD_TORCH_CHECK(
+        t.is_cuda() && t.get_device_index() == x.get_device_index(), cell,
+        ": states and weights must be on cuda:", x.get_device_index(), " as x is, got one on ",
+        t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : std::string("another kind of device"));
+  };
+  for (const Optional* t : some)
+    if (*t) check(**t);
+  for (const Tensor& w : weights) check(w);
+}
+
+// Of the current device, which has number `index`; asked once.
+const Device& properties(int index) {
+  static std::mutex lock;
+  static std::map<int, Device> known;
+  std::lock_guard<std::mutex> held(lock);
+  auto found = known.find(index);
+  if (found == known.end()) {
+    Device d{};
+    const Error error = query_device(&d);
+    STD_TORCH_CHECK(!error, "cuda:", index, ": ", error);
+    found = known.emplace(index, d).first;
+  }
+  return found->second;
+}
+
+// The plan, under SEQKERN_CUDA_ENGINE = step | grid where it is set, and only if its blocks are resident at once.
+Plan choose(const Shape& s, const Device& d, bool backward) {
+  const char* set = std::getenv("SEQKERN_CUDA_ENGINE");
+  const std::string forced = set ? set : "";
+  STD_TORCH_CHECK(forced.empty() || forced == "step" || forced == "grid",
+                  "SEQKERN_CUDA_ENGINE must be step or grid, got ", forced);
+  if (forced == "step") return detail::step_plan("step: SEQKERN_CUDA_ENGINE asks for it");
+  Plan plan = backward ? plan_backward(s, d) : plan_forward(s, d);
+  if (plan.engine == Engine::kGrid && !grid_fits(s.cell, s.dtype, plan, backward))
+    plan = detail::step_plan("step: the grid engine's blocks are not all resident at once");
+  STD_TORCH_CHECK(forced != "grid" || plan.engine == Engine::kGrid, "SEQKERN_CUDA_ENGINE=grid, but ", plan.why);
+  return plan;
+}
+
+Shape shape_of(const Problem& p, Dtype dtype, bool tf32) {
+  return {p.cell.cell, dtype, tf32, p.steps, p.batch, p.hidden, p.output, p.directions, p.packed};
+}
+
+// x as [N, I]: its rows' distance in memory, the same from each to the next; 0 where there is none.
+int64_t row_stride(const Tensor& x, const Problem& p) {
+  if (x.stride(-1) != 1 && p.input > 1) return 0;
+  int64_t row = p.input;  // strides of dimensions of size 1 say nothing
+  if (p.packed && p.rows > 1) row = x.stride(0);
+  if (!p.packed && p.batch > 1) row = x.stride(1);
+  if (!p.packed && p.batch == 1 && p.steps > 1) row = x.stride(0);
+  const bool even = p.packed || p.steps == 1 || p.batch == 1 || x.stride(0) == p.batch * row;
+  return even && row >= p.input ? row : 0;
+}
+// The sequence x for the products over all steps; `x` is replaced by a dense copy where it has to be.
+Sequence as_rows(Tensor& x, const Problem& p) {
+  int64_t row = row_stride(x, p);
+  if (!row) x = dense(x), row = p.input;
+  return {data(x), 0, row, p.packed};
+}
+
+void run(LayerCall& call, const Problem& p, const std::string& cell, const Tensor& x, bool backward) {
+  const int index = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const Plan plan = choose(shape_of(p, call.dtype, call.tf32), properties(index), backward);
+  call.plan = &plan;
+  const Tensor workspace = torch::stable::new_empty(x, {layer_workspace(call, backward)}, ScalarType::Byte);
+  void *stream = nullptr, *blas = nullptr;
+  const TorchCuda& functions = torch_cuda();
+  STD_TORCH_CHECK(functions.stream && functions.blas && !functions.stream(index, &stream) && !functions.blas(&blas),
+                  cell, ": torch gave no stream or no cuBLAS handle for cuda:", index);
+  const Error error = (backward ? layer_backward : layer_forward)(call, (char*)data(workspace), stream, blas);
+  STD_TORCH_CHECK(!error, cell, ": the ", engine_name(plan.engine), " engine on cuda:", index, " failed: ", error);
+}
+
+ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
+                       bool bidirectional, bool save, bool tf32) {
+  const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
+  check_devices(cell, x, {&h0, &c0}, weights);
+  auto [y, h_n, c_n, reserve] = forward_outputs(p, x, save);
+  if (p.rows == 0) return {y, h_n, c_n, reserve};
+  const Sequence rows = as_rows(x, p);
+  h0 = dense(h0);
+  c0 = dense(c0);
+  for (Tensor& w : weights) w = dense(w);
+  LayerCall call{common_args(p, x, h0, c0, weights, y, save && p.cell.saved ? Optional(reserve) : std::nullopt),
+                 p.cell.cell, kernel_dtype(cell, x.scalar_type()), tf32, nullptr};
+  call.layer.x = rows;
+  call.layer.h_n = data(h_n);
+  call.layer.c_n = p.cell.cell == Cell::kLstm ? data(c_n) : nullptr;
+  run(call, p, cell, x, false);
+  return {y, h_n, c_n, reserve};
+}
+
+BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0, Tensors weights,
+                         Optional batch_sizes, Tensor y, Tensor reserve, std::string cell, bool bidirectional,
+                         bool need_dx, bool need_dw, bool tf32) {
+  const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
+  const bool lstm = p.cell.cell == Cell::kLstm;
+  const Optional outputs[] = {y, reserve};
+  check_devices(cell, x, {&h0, &c0, &dy, &dh_n, &dc_n, &outputs[0], &outputs[1]}, weights);
+  check_cotangents(p, cell, x.scalar_type(), dy, dh_n, dc_n, y);
+  if (p.cell.saved && reserve.numel() == 0)  // forward kept nothing: run it again
+    std::tie(y, std::ignore, std::ignore, reserve) =
+        forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true, tf32);
+  Wanted{cell, x.scalar_type()}.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
+  auto [dx, dh0, dc0, dweights] = backward_outputs(p, x, weights, need_dx, need_dw);
+  if (p.rows == 0) return {dx, dh0, dc0, dweights};
+  const Sequence rows = as_rows(x, p);
+  h0 = dense(h0);
+  c0 = dense(c0);
+  y = dense(y);
+  dh_n = dense(dh_n);
+  dc_n = lstm ? dense(dc_n) : std::nullopt;
+  reserve = dense(reserve);
+  for (Tensor& w : weights) w = dense(w);
+  if (dy) dy = with_dense_rows(*dy);
+  LayerCall call{common_args(p, x, h0, c0, weights, y, reserve), p.cell.cell, kernel_dtype(cell, x.scalar_type()), tf32,
+                 nullptr};
+  LayerArgs& a = call.layer;
+  a.x = rows;
+  if (dy) a.dy = sequence(*dy, p.packed);
+  a.dh_n = data(dh_n);
+  a.dc_n = data(dc_n);
+  a.dx = need_dx ? data(dx) : nullptr;
+  a.dh0 = data(dh0);
+  a.dc0 = lstm ? data(dc0) : nullptr;
+  for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
+  run(call, p, cell, x, true);
+  return {dx, dh0, dc0, dweights};
+}
+
+// JSON. `sizes`: T, B, H, P.
+std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
+                 bool backward, int64_t device) {
+  STD_TORCH_CHECK(sizes.size() == 4, "sizes must be T, B, H, P, got ", sizes.size(), " numbers");
+  const ScalarType types[kDtypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  int t = 0;
+  while (t < kDtypes && dtype != dtype_name(types[t])) ++t;
+  STD_TORCH_CHECK(t < kDtypes, "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
+  const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
+  const Shape s{cell_info(cell).cell,  Dtype(t), tf32, sizes[0], sizes[1], sizes[2], sizes[3],
+                bidirectional ? 2 : 1, false};
+  const Plan p = choose(s, properties(int(device)), backward);
+  auto field = [](const char* name, int64_t value) {
+    return ", \"" + std::string(name) + "\": " + std::to_string(value);
+  };
+  return "{\"engine\": \"" + std::string(engine_name(p.engine)) + "\", \"why\": \"" + p.why + "\"" +
+         field("directions", p.directions) + field("tiles", p.tiles) + field("batch_tile", p.batch_tile) +
+         field("ctas", p.ctas) + field("units_per_cta", p.units_per_cta) + field("threads", p.threads) +
+         field("shared_bytes", p.shared_bytes) + field("workspace_bytes", p.workspace_bytes) + "}";
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
+  m.impl("rnn_layer", TORCH_BOX(&forward));
+  m.impl("rnn_layer_backward", TORCH_BOX(&backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_cuda_plan", TORCH_BOX(&plan)); }
+}}  // namespace seqkern::cuda

@@ -1,0 +1,178 @@
+// Problem and device -> which engine runs, on which tiles. Pure arithmetic: no torch, no CUDA, no library. The only place
+// that knows limits of architectures, and the only place where tile sizes stand.
+//
+// The grid engine's work split. The hidden units of a direction are cut over CTAs: each keeps the weights of its own
+// units on chip for the whole call. The batch is cut into tiles; each tile has CTAs of its own, which meet nobody else.
+// A CTA goes through its tile in passes of kPassRows rows: one mma product of M x N x K with
+//
+//            forward                          backward
+//   M        G gates of its units             its units
+//   N        rows of the pass                 rows of the pass
+//   K        H (the state)                    G*H (gradients of the gates)
+//
+// K is counted in chunks of kChunkBytes of a row and shared out to the warps; the warps' partial sums meet in shared
+// memory. Of a warp's weights, the first chunks lie in registers, the others in shared memory.
+#pragma once
+#include <stdint.h>
+
+#include "../core/args.h"
+
+#ifdef __CUDACC__
+#define SK_PLAN __host__ __device__
+#else
+#define SK_PLAN
+#endif
+
+namespace seqkern { namespace cuda {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kProductWarps = kWarps;  // that K is shared out to
+constexpr int kTileRows = 16;      // M of an mma
+constexpr int kPassRows = 16;      // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
+constexpr int kMaxPasses = 8;      // of a batch tile
+constexpr int kChunkBytes = 64;    // two mma steps along K: 32 elements of 16 bits, 16 of 32
+// Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile two fewer:
+// more of the operand is then under way at a time.
+constexpr int kHeldTiles = 16;
+constexpr int kFragmentBytes = 1024;  // an M tile and a chunk, a warp: 32 bytes a lane
+constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
+constexpr int kMinSteps = 2;       // below, loading the weights on chip does not pay: one step reads them once anyway
+constexpr int kMinCc = 80;         // mma of bf16 and tf32
+constexpr int64_t kMaxSteps = (int64_t(1) << 31) - 16;  // flags are ints and count steps
+constexpr int kReservedShared = 1024;  // of a block's shared memory, by the system
+
+enum class Engine : int { kStep = 0, kGrid, kCluster };  // kCluster: not offered yet
+constexpr const char* engine_name(Engine e) {
+  return e == Engine::kStep ? "step" : e == Engine::kGrid ? "grid" : "cluster";
+}
+
+struct Device {
+  int sms;
+  int cc;                // 10 * major + minor
+  int shared_per_block;  // bytes, opt-in
+  int shared_per_sm;     // bytes
+  int registers_per_sm;  // 32-bit
+  int threads_per_sm;
+};
+
+struct Shape {
+  Cell cell;
+  Dtype dtype;
+  bool tf32;       // kF32 only: products may round their operands to TF32
+  int64_t steps, batch, hidden, output, directions;  // output: P, or H without a projection
+  bool packed;
+};
+
+struct Plan {
+  Engine engine;
+  const char* why;     // a reason for the engine, to be shown to the user
+  int directions;      // that run in one launch; fewer than the layer's: launches one after the other
+  int tiles;           // of the batch, a direction
+  int batch_tile;      // rows of a tile, the last may have fewer
+  int ctas;            // of a tile
+  int units_per_cta;
+  int threads;
+  int64_t shared_bytes;     // a CTA, dynamic
+  int64_t workspace_bytes;  // device memory, of all directions; zero when the first launch begins
+  int grid() const { return directions * tiles * ctas; }
+};
+
+constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
+SK_PLAN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+SK_PLAN constexpr int held_chunks(int m_tiles) { return m_tiles == 1 ? kHeldTiles - 2 : kHeldTiles / m_tiles; }
+
+// How the product is cut, from what is known when compiling (m_tiles) and when running (k_bytes).
+struct Product {
+  int m_tiles;      // of 16 rows
+  int row_bytes;    // of the exchanged operand: K padded to chunks
+  int warp_chunks;  // at most, a warp
+  int warps;        // that have any
+  int spilled;      // chunks of a warp whose weights lie in shared memory
+  SK_PLAN constexpr Product(int tiles, int64_t k_bytes)
+      : m_tiles(tiles),
+        row_bytes(int(ceil_div(k_bytes, kChunkBytes) * kChunkBytes)),
+        warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kProductWarps))),
+        warps(int(ceil_div(row_bytes / kChunkBytes, warp_chunks))),
+        spilled(warp_chunks > held_chunks(tiles) ? warp_chunks - held_chunks(tiles) : 0) {}
+  // Shared memory, in this order: weights; partial sums [warps][2][m_tiles][16][8] floats.
+  SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kProductWarps) * spilled * m_tiles * kFragmentBytes; }
+  SK_PLAN constexpr int64_t sum_bytes() const { return int64_t(kProductWarps) * m_tiles * kTileRows * kPassRows * 4; }
+};
+
+// A tile's workspace: the exchanged rows [2][passes * kPassRows][row_bytes], then the flags [passes][ctas].
+SK_PLAN constexpr int64_t exchange_bytes(const Product& p, int64_t passes) { return 2 * passes * kPassRows * p.row_bytes; }
+SK_PLAN constexpr int64_t tile_bytes(const Product& p, int64_t passes, int64_t ctas) {
+  return exchange_bytes(p, passes) + ceil_div(passes * ctas * 4, 128) * 128;
+}
+
+SK_PLAN constexpr int forward_tiles(int gates, int units) { return (gates * units + kTileRows - 1) / kTileRows; }
+
+namespace detail {
+
+struct Kind {  // of a pass over the layer
+  bool backward;
+  int gates, slots;  // slots: 32-bit values kept for each unit and row between steps
+  int64_t bytes;     // an element
+  Product product(int64_t hidden, int units) const {
+    const int64_t published = ceil_div(hidden, units) * units;
+    return backward ? Product(1, published * gates * bytes) : Product(forward_tiles(gates, units), published * bytes);
+  }
+};
+
+inline Plan step_plan(const char* why) { return {Engine::kStep, why, 0, 0, 0, 0, 0, 0, 0, 0}; }
+
+inline int64_t shared_bytes(const Kind& kind, const Product& p, int passes) {
+  const int64_t bias = kind.backward ? 0 : 2 * kind.gates * kFullUnits * 4;
+  return p.weight_bytes() + p.sum_bytes() + int64_t(passes) * kThreads * kind.slots * 4 + bias;
+}
+
+inline Plan tiles_for(const Shape& s, const Device& d, const Kind& kind, int units) {
+  const int64_t ctas = ceil_div(s.hidden, units);
+  if (ctas > d.sms) return step_plan("step: the hidden units, 16 to a block, need more SMs than the GPU has");
+  const int64_t directions = ctas * s.directions <= d.sms ? s.directions : 1;
+  const int64_t most = d.sms / (ctas * directions);
+  for (int64_t rows = 8; rows <= kMaxPasses * kPassRows; rows += rows < kPassRows ? 8 : kPassRows) {
+    const int64_t tiles = ceil_div(s.batch, rows), passes = ceil_div(rows, kPassRows);
+    if (tiles > most) continue;
+    const Product p = kind.product(s.hidden, units);
+    const int64_t shared = shared_bytes(kind, p, int(passes));
+    if (shared > d.shared_per_block || shared + kReservedShared > d.shared_per_sm)
+      return step_plan("step: the recurrent weights do not fit in registers and shared memory of the GPU");
+    return {Engine::kGrid, "grid: recurrent weights stay on chip", int(directions), int(tiles), int(rows), int(ctas),
+            units, kThreads, shared, s.directions * tiles * tile_bytes(p, passes, ctas)};
+  }
+  return step_plan("step: the batch is large enough for one product per step");
+}
+
+inline Plan plan(const Shape& s, const Device& d, bool backward) {
+  if (s.dtype == Dtype::kF64) return step_plan("step: float64 has no tensor-core path");
+  if (s.dtype == Dtype::kF32 && !s.tf32) return step_plan("step: float32 without TF32");
+  if (s.output != s.hidden) return step_plan("step: a projection is set");
+  if (d.cc < kMinCc) return step_plan("step: the GPU is older than sm_80");
+  if (d.registers_per_sm < 256 * kThreads || d.threads_per_sm < kThreads)
+    return step_plan("step: the GPU's SMs are smaller than a block of the grid engine");
+  if (s.steps < kMinSteps) return step_plan("step: a single time step");
+  if (s.steps > kMaxSteps) return step_plan("step: more time steps than the flags count");
+  if (s.batch < 1) return step_plan("step: the batch is empty");
+  const int gates = gates_of(s.cell), bytes = s.dtype == Dtype::kF32 ? 4 : 2;
+  const bool lstm = s.cell == Cell::kLstm, gru = s.cell == Cell::kGru;
+  // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates.
+  const detail::Kind kind{backward, gates, int(lstm || gru), bytes};
+  Plan full = tiles_for(s, d, kind, kFullUnits);
+  // Half the units in a CTA halve its product. It pays where the product is more than a chunk for each warp, SMs would be
+  // idle and no tile of the batch grows for it. A cell of one gate has nothing to halve: its M tile would be half empty.
+  if (full.engine != Engine::kGrid || backward || gates == 1 || full.batch_tile > kPassRows ||
+      kind.product(s.hidden, kFullUnits).warp_chunks < 2)
+    return full;
+  const Plan half = tiles_for(s, d, kind, kHalfUnits);
+  const bool pays = half.engine == Engine::kGrid && half.directions == full.directions && half.batch_tile == full.batch_tile;
+  return pays ? half : full;
+}
+
+}  // namespace detail
+
+inline Plan plan_forward(const Shape& s, const Device& d) { return detail::plan(s, d, false); }
+inline Plan plan_backward(const Shape& s, const Device& d) { return detail::plan(s, d, true); }
+
+}}  // namespace seqkern::cuda
