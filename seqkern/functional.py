@@ -37,7 +37,7 @@ def check_devices(cell: str, x: Tensor, others: Sequence[Tensor | None]) -> None
             raise RuntimeError(f"{cell}: states and weights must be on {device} as the input is, got one on {t.device}")
 
 
-def _wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
+def wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
     # Loops, not any(): a generator costs more than the whole test on the path of one-step calls.
     for t in sequence:
         if t is not None and t.requires_grad:
@@ -93,7 +93,7 @@ def run_layer(
     x, h, c = sequence
     check_devices(cell, x, (h, c, *weights))
     if has_kernel(x.device, x.dtype) and not transformed():
-        save = torch.is_grad_enabled() and _wants_grad(sequence, weights)
+        save = torch.is_grad_enabled() and wants_grad(sequence, weights)
         if save or torch.compiler.is_compiling():
             return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, save)
         # Autograd, which has nothing to do here, costs as much Python time as all the rest of a one-step call.

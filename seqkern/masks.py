@@ -44,7 +44,7 @@ def bernoulli(like: Tensor, size: Sequence[int], seed: Tensor, stream: int, p: f
         stream: tells masks from one seed apart.
         p: in [0, 1]; rounded to a multiple of 2^-32.
     """
-    if False and like.device.type == "cpu" and like.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if like.device.type == "cpu" and like.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return torch.ops.seqkern._cpu_bernoulli(like, size, seed, stream, p, value)
     count = torch.Size(size).numel()
     return torch.where(bits(seed, stream, count) < round(p * 2**32), value, 0.0).to(like.dtype).view(size)

@@ -14,7 +14,7 @@ rnn_layer = torch.ops.seqkern.rnn_layer.default
 rnn_layer_backward = torch.ops.seqkern.rnn_layer_backward.default
 
 
-class _Sizes:
+class Sizes:
     """The sizes that follow from an operator's inputs; symbolic where they are."""
 
     def __init__(self, x, weights, batch_sizes, cell, bidirectional):
@@ -32,19 +32,17 @@ class _Sizes:
         self.rows = x.size(0) if self.packed else x.size(0) * x.size(1)
         self.leading = (x.size(0),) if self.packed else (x.size(0), x.size(1))
 
+    def batch(self, x, *states):
+        if not self.packed:
+            return x.size(1)
+        known = next((t for t in states if t is not None), None)
+        return torch.library.get_ctx().new_dynamic_size(min=1) if known is None else known.size(1)
+
 
 @torch.library.register_fake("seqkern::rnn_layer")
 def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save):
-    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
-    if not s.packed:
-        batch = x.size(1)
-    elif h0 is not None:
-        batch = h0.size(1)
-    elif c0 is not None:
-        batch = c0.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size(min=1)
-    lstm = cell == "lstm"
+    s = Sizes(x, weights, batch_sizes, cell, bidirectional)
+    batch, lstm = s.batch(x, h0, c0), cell == "lstm"
     return (
         x.new_empty(*s.leading, s.directions * s.output),
         x.new_empty(s.directions, batch, s.output),
@@ -87,14 +85,8 @@ torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup
 
 @torch.library.register_fake("seqkern::rnn_layer_backward")
 def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx, need_dw):
-    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
-    known = next((t for t in (h0, c0, dh_n, dc_n) if t is not None), None)
-    if not s.packed:
-        batch = x.size(1)
-    elif known is not None:
-        batch = known.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size(min=1)
+    s = Sizes(x, weights, batch_sizes, cell, bidirectional)
+    batch = s.batch(x, h0, c0, dh_n, dc_n)
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(s.directions, batch, s.output),
@@ -111,15 +103,15 @@ def _double_setup(ctx, inputs, output):
     ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
 
 
-def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
-    """Differentiates the reference's backward, to any order.
+def second_derivatives(ctx, second, layer, cotangents, inputs) -> list[Tensor | None]:
+    """Differentiates the reference's backward, to any order: the gradients of `cotangents` and `inputs`.
 
+    `layer` is the reference as a function of x, h0, c0 and a list of weights, which `inputs` holds; `second` are the
+    gradients of the operator's outputs dx, dh0, dc0 and dweights.
     The reserve and y are functions of the other inputs and get no gradient of their own. Fresh aliases of the saved
     tensors make these partial derivatives: with the tensors themselves, paths through dy's own history back to the
     inputs would be counted too; with detached ones, third order would be lost.
     """
-    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
-    needed = ctx.needs_input_grad
     create_graph = torch.is_grad_enabled()
 
     def alias(t):
@@ -128,10 +120,9 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
     with torch.enable_grad():
-        cotangents = [alias(t) for t in (dy, dh_n, dc_n)]
-        x, h0, c0 = alias(x), alias(h0), alias(c0)
-        weights = [alias(w) for w in weights]
-        outputs = reference.layer(x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
+        cotangents = [alias(t) for t in cotangents]
+        x, h0, c0, *weights = (alias(t) for t in inputs)
+        outputs = layer(x, h0, c0, weights)
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
         inputs = [t for t in (x, h0, c0, *weights) if t is not None]
         first = torch.autograd.grad(
@@ -156,8 +147,18 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         else:
             grads = iter([None] * len(leaves))
     grads = [next(grads) if t is not None else None for t in wanted]
-    flags = [*needed[:6], *needed[6]]
-    grads = [g if n else None for g, n in zip(grads, flags, strict=True)]
+    needed, states = ctx.needs_input_grad, len(cotangents) + 3
+    flags = [*needed[:states], *needed[states]]
+    return [g if n else None for g, n in zip(grads, flags, strict=True)]
+
+
+def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
+    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
+
+    def layer(x, h0, c0, weights):
+        return reference.layer(x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
+
+    grads = second_derivatives(ctx, second, layer, (dy, dh_n, dc_n), (x, h0, c0, *weights))
     return (*grads[:6], grads[6:], *[None] * 7)
 
 
@@ -167,10 +168,14 @@ torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward,
 _library = torch.library.Library("seqkern", "FRAGMENT")
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    """Under autocast every floating-point tensor but float64 ones goes to autocast's dtype, as torch's layers do."""
+def register_autocast(name: str, device_type: str, dispatch_key: str, cast_all=None) -> None:
+    """Under autocast every floating-point tensor but float64 ones goes to autocast's dtype, as torch's layers do.
+
+    cast_all(args, cast): the operator's arguments cast, where not all of them are to be.
+    """
     off = torch._C._ExcludeDispatchKeyGuard
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+    operator = getattr(torch.ops.seqkern, name).default
 
     def cast(value, dtype):
         if isinstance(value, Tensor):
@@ -178,13 +183,14 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
             return value.to(dtype) if low else value
         return [cast(v, dtype) for v in value] if isinstance(value, (list, tuple)) else value
 
-    def rnn_layer_autocast(_, *args):
+    def autocast(_, *args):
         dtype = torch.get_autocast_dtype(device_type)
+        args = [cast(a, dtype) for a in args] if cast_all is None else cast_all(args, lambda a: cast(a, dtype))
         with off(keys):
-            return rnn_layer(*[cast(a, dtype) for a in args])
+            return operator(*args)
 
-    _library.impl("rnn_layer", rnn_layer_autocast, dispatch_key, with_keyset=True)
+    _library.impl(name, autocast, dispatch_key, with_keyset=True)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("rnn_layer", "cpu", "AutocastCPU")
+register_autocast("rnn_layer", "cuda", "AutocastCUDA")

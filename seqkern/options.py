@@ -310,7 +310,7 @@ def run_stack(
             (x, h, c), batch_sizes = packing.pack(x, h, c), packing.batch_sizes
             keep = None if keep is None else keep.index_select(0, packing.rows)
     if packing is not None and packing.steps == 0:
-        return _nothing(stack, packing, (x, h, c), weights, call)
+        return _nothing(stack, packing, (x, *sequence[1:]), weights, call)
     y, h_n, c_n, hs, cs = _run_layers(stack, (x, h, c), weights, batch_sizes, call, keep, lengths, packing)
     if packing is not None:
         y = packing.unpack(y)

@@ -69,6 +69,7 @@ def test_batch_first_unbatched_and_no_state(kind):
 @each_layer
 def test_dtypes_and_sizes(kind, sizes, dtype):
     steps, batch, inputs, hidden = sizes
+    torch.set_num_threads(2)
     m = make(kind, inputs, hidden, dtype=dtype, bidirectional=True)
     x = torch.randn(steps, batch, inputs).to(dtype).requires_grad_()
     resets = torch.rand(steps, batch) < 0.2

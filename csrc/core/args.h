@@ -40,6 +40,19 @@ struct Barrier {
   alignas(64) int phase;
 };
 
+// What a layer does beyond torch.nn's (seqkern/reference.py, Options); null or 0 where it does not.
+struct LayerOptions {
+  bool any;            // of the ones below
+  const void* keep;    // [N] in the type that sums are in; multiplies the state that a step reads
+  const void* h_mask;  // [D, B, P] multiplies h on its way into the product
+  const void* zone_h;  // [N, D*P], share of the old h in the new; rows zone_h_row apart, 0 for the same at every step
+  const void* zone_c;  // [N, D*H]
+  int64_t zone_h_row, zone_c_row;
+  double clip_value;   // bound on d(loss)/d(state) on its way to the step before
+  void* c_all;         // [N, D*H] c of every step: an output of forward, an input of backward
+  const void* dc_all;  // [N, D*H] its gradient
+};
+
 struct LayerArgs {
   int64_t steps, batch, rows, input, hidden, output, directions;
   const int64_t* sizes;   // [T] rows of each step, never growing
@@ -61,6 +74,7 @@ struct LayerArgs {
   void* dh0;         // [D, B, P]
   void* dc0;         // [D, B, H] (LSTM) or null
   Weights dweights[kMaxDirections];  // all null where they are not wanted
+  LayerOptions options;
   // execution
   Plan plan;
   const int64_t* row_bounds;  // [plan.rows + 1]: row part r has rows row_bounds[r] to row_bounds[r+1]
@@ -74,6 +88,11 @@ struct Kernel {
   void (*run)(const LayerArgs&, int tid);
 };
 
+struct RandomArgs {
+  int64_t seed, stream, limit;  // limit: of 2^32
+  double value;
+};
+
 struct CpuKernels {
   const char* isa;
   Kernel forward[kCells][kDtypes];
@@ -82,6 +101,7 @@ struct CpuKernels {
   void (*math_f64)(const char* name, const double* x, double* y, int64_t n);
   // Multiply-adds on registers alone, `n` rounds; returns the floating-point operations done. Times the peak.
   int64_t (*burst[kDtypes])(int64_t n);
+  void (*bernoulli[kDtypes])(void* to, int64_t begin, int64_t end, const RandomArgs&);
 };
 
 }  // namespace seqkern

@@ -6,7 +6,7 @@
 // chunk's steps while others still sum this one's weights. Sums run in a fixed order: results repeat bit for bit.
 #pragma once
 #include "../core/cells.h"
-#include "team.h"
+#include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -21,7 +21,7 @@ template <class C, class S> struct Backward {
   static_assert(kTile <= kLeft);
 
   const LayerArgs& a;
-  int64_t units, outs, ins, ldg, ldp, carry_ld, chunk, chunk_rows, chunk_pairs, gate_k;
+  int64_t units, outs, ins, ldg, ldp, carry_ld, old_ld, chunk, chunk_rows, chunk_pairs, gate_k;
 
   struct Shared {  // by the threads of a direction
     Panels<A> w_hh, w_ih, w_hr;  // right-hand sides [G*H, P], [G*H, I], [P, H]
@@ -29,6 +29,7 @@ template <class C, class S> struct Backward {
     A* dp[2];                    // [chunk_rows][ldp] d(loss)/dh of a projected output
     Panels<A> x[2], h[2], u[2];  // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
     Acc* carry;                  // [B][carry_ld]
+    Acc* old;                    // [B][old_ld] zoneout: the gradient that goes past the cell; the carry where that is of h
     Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   };
   struct Own { A* left; };  // [chunk_pairs][kLeft][kPair] one tile's columns of the gate gradients
@@ -41,6 +42,7 @@ template <class C, class S> struct Backward {
     ldg = ceil_div(C::kGrads * a.hidden + kWidth, 16) * 16 + 16;
     ldp = outs * kColumns + 16;
     carry_ld = units * kColumns;
+    old_ld = outs * kColumns;
     chunk = min64(a.steps, max64(1, kChunkRows / max64(1, a.batch)));
     chunk_rows = chunk * a.batch;
     chunk_pairs = ceil_div(chunk_rows, kPair<A>);
@@ -68,6 +70,7 @@ template <class C, class S> struct Backward {
       s.u[i] = panels(chunk_pairs, units, sums() && projected());
     }
     s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
+    s.old = C::kCarry == Carry::kHidden ? s.carry : m.take<Acc>(a.options.zone_h ? a.batch * old_ld : 0);
     const int64_t n = sums() && !kDirectSums ? C::kGates * a.hidden : 0;
     s.dw_ih = m.take<Acc>(n * a.input);
     s.dw_hh = m.take<Acc>(n * a.output);
@@ -175,7 +178,7 @@ template <class C, class S> struct Backward {
           output_and_cell(dir, s, t, after, b0, known, n, q, grads);
         }
         me.meet_units();
-        leave(dir, s, grads, clip(min64(size(i + 1), size(i))), n, q, p);
+        leave(dir, s, t, grads, clip(min64(size(i + 1), size(i))), n, q, p);
         after = grads;
       }
       if (sums()) gather(me, dir, s, c, b0, b1);
@@ -203,8 +206,15 @@ template <class C, class S> struct Backward {
   template <class Use>
   SK_INL void output_gradient(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0,
                               int64_t known, int64_t n, Range q, const Use& use) const {
+    const OptionMath<S> math(a, dir.d);
     auto direct = [&](int64_t b, int64_t j, int64_t lanes, V value) {
+      if (a.options.any && b < known) value = math.kept(message(math, s, b, j, lanes, value), dir.after(t), b);
       if (a.dy.data) value = value + load(at<const S>(a.dy, a, t, b) + dir.d * a.output + j, lanes);
+      if (a.options.any && past()) {  // the cell gets its share, the rest goes to the step before
+        V old = a.options.zone_h ? math.zone_h(t, b, j, lanes) * value : V(0);
+        store(old, s.old + b * old_ld + j);
+        value = value - old;
+      }
       use(b, j, lanes, value);
     };
     multiply<kWide>(Left<A>{after + b0 * ldg + kSkip * a.hidden, ldg, kPair<A>}, known - b0, s.w_hh, q.begin, q.end,
@@ -223,9 +233,18 @@ template <class C, class S> struct Backward {
                dh_n ? load(dh_n + (dir.d * a.batch + b) * a.output + j, a.output - j) : V(0));
   }
 
+  // Whether h's gradient goes past the cell as well as through it.
+  bool past() const { return C::kCarry == Carry::kHidden || a.options.zone_h; }
+  // d(loss)/dh, of the h that a step read, from the part of it that the product brings.
+  SK_INL V message(const OptionMath<S>& math, const Shared& s, int64_t b, int64_t j, int64_t lanes, V product) const {
+    V value = math.masked(product, b, j, lanes);
+    return math.clipped(past() ? value + load(s.old + b * old_ld + j) : value);
+  }
+
   // The cell's derivative for one vector of units of row b.
   SK_INL void cell(const Direction& dir, const Shared& s, int64_t t, int64_t b, int64_t j, int64_t lanes, V dh,
                    A* grads) const {
+    const OptionMath<S> math(a, dir.d);
     V saved[C::kSaved ? C::kSaved : 1], grad[C::kGrads], out(0), prev(0), carry(0);
     if (C::kSaved) {
       const S* keep = dir.reserve<const S, C::kSaved>(t, b) + j;
@@ -236,13 +255,27 @@ template <class C, class S> struct Backward {
     if (C::kCarry == Carry::kHidden) {
       const S* h = dir.previous_output<const S>(t, b);
       if (h) prev = load(h + j, lanes);
+      if (a.options.any) prev = math.kept(prev, t, b);
     } else if (C::kCarry == Carry::kCell) {
       const int64_t before = dir.before(t, b);
-      if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
+      if (before >= 0 && a.options.c_all) prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
+      else if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
       else if (a.c0) prev = load((const S*)a.c0 + (dir.d * a.batch + b) * a.hidden + j, lanes);
     }
+    if (C::kCarry == Carry::kCell && a.options.any) prev = math.kept(prev, t, b);
     if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+    V old(0);  // what goes past the cell
+    if (a.options.any && C::kCarry == Carry::kHidden) {
+      old = carry;
+      carry = V(0);
+    } else if (a.options.any && C::kCarry == Carry::kCell) {
+      if (a.options.dc_all) carry = carry + load(math.c_row((const S*)a.options.dc_all, t, b) + j, lanes);
+      if (a.options.zone_c) old = math.zone_c(t, b, j, lanes) * carry;
+      carry = carry - old;
+    }
     C::backward(saved, out, prev, dh, carry, grad);
+    if (a.options.any) carry = carry + old;
+    if (a.options.any && C::kCarry == Carry::kCell) carry = math.kept(math.clipped(carry), t, b);
     if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
     for (int g = 0; g < C::kGrads; ++g) store(grad[g], grads + b * ldg + g * a.hidden + j, lanes);
     if (kPair<A> == 2 && lanes <= kWidth)  // an odd number of columns is read in pairs
@@ -280,9 +313,10 @@ template <class C, class S> struct Backward {
                     });
   }
 
-  // Initial state's gradient for the rows [begin, end), whose first step in time this was.
-  void leave(const Direction& dir, const Shared& s, const A* grads, int64_t begin, int64_t end, Range q,
+  // Initial state's gradient for the rows [begin, end), whose first step in time this, at t, was.
+  void leave(const Direction& dir, const Shared& s, int64_t t, const A* grads, int64_t begin, int64_t end, Range q,
              Range p) const {
+    const OptionMath<S> math(a, dir.d);
     S* dh0 = (S*)a.dh0 + dir.d * a.batch * a.output;
     multiply<kWide>(Left<A>{grads + begin * ldg + kSkip * a.hidden, ldg, kPair<A>}, end - begin, s.w_hh, q.begin, q.end,
                     (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
@@ -291,7 +325,8 @@ template <class C, class S> struct Backward {
                           const int64_t j = panel * kColumns + v * kWidth, b = begin + r0 + r;
                           if (j >= a.output) break;
                           V dh = load(c + r * kColumns + v * kWidth);
-                          if (C::kCarry == Carry::kHidden) dh = dh + load(s.carry + b * carry_ld + j);
+                          if (a.options.any) dh = math.kept(message(math, s, b, j, a.output - j, dh), t, b);
+                          else if (C::kCarry == Carry::kHidden) dh = dh + load(s.carry + b * carry_ld + j);
                           store(dh, dh0 + b * a.output + j, a.output - j);
                         }
                     });
@@ -315,7 +350,8 @@ template <class C, class S> struct Backward {
       for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b) {
         const int64_t k = a.starts[t] + b - c.base;
         rows(s.x[c.buffer], ins, at<const S>(a.x, a, t, b), a.input, k);
-        rows(s.h[c.buffer], outs, dir.previous_output<const S>(t, b), a.output, k);
+        if (a.options.any) gather_entering(dir, s.h[c.buffer], t, b, k);
+        else rows(s.h[c.buffer], outs, dir.previous_output<const S>(t, b), a.output, k);
         if (projected()) gather_unprojected(dir, s.u[c.buffer], t, b, k);
       }
     }
@@ -323,6 +359,18 @@ template <class C, class S> struct Backward {
       rows(s.x[c.buffer], ins, nullptr, 0, c.rows);
       rows(s.h[c.buffer], outs, nullptr, 0, c.rows);
       if (projected()) rows(s.u[c.buffer], units, nullptr, 0, c.rows);
+    }
+  }
+  void gather_entering(const Direction& dir, const Panels<A>& to, int64_t t, int64_t b, int64_t k) const {
+    const S* h = dir.previous_output<const S>(t, b);
+    const OptionMath<S> math(a, dir.d);
+    for (int64_t i = 0; i < outs; ++i) {
+      Acc row[kColumns];
+      for (int v = 0; v < kWide; ++v) {
+        const int64_t j = i * kColumns + v * kWidth, lanes = a.output - j;
+        store(h && lanes > 0 ? math.entering(load(h + j, lanes), t, b, j, lanes) : V(0), row + v * kWidth);
+      }
+      pack_row(row, kColumns, k, to.panel(i), kColumns);
     }
   }
   template <class Cell = C> auto unprojected(const V* saved) const -> decltype(Cell::unprojected(*(V(*)[5])saved)) {

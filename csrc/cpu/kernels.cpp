@@ -5,6 +5,7 @@
 #include <string.h>
 #include "backward.h"
 #include "forward.h"
+#include "random.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -57,6 +58,7 @@ template <class S> int64_t burst(int64_t n) {
   {SK_DTYPES(kernel, RnnTanh), SK_DTYPES(kernel, RnnRelu), SK_DTYPES(kernel, Lstm), SK_DTYPES(kernel, Gru)}
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {SK_TEXT(SK_NS), SK_CELLS(kForward), SK_CELLS(kBackward), &math<float>, &math<double>,
-                             {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>}};
+                             {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>},
+                             {&bernoulli<double>, &bernoulli<float>, &bernoulli<Bf16>, &bernoulli<F16>}};
 
 }}  // namespace seqkern::SK_NS
