@@ -2,7 +2,8 @@
 on every device, in every split over threads, and when backward asks for it again.
 
 The bits are two rounds of a 32-bit integer hash (xor of a shift, times an odd number, twice; Wellons' lowbias32
-constants), the first over the low half of n, the second over the high half, each with a key from seed and stream.
+constants), the first over the low half of n, the second over the high half, each with a key that is a hash of the seed's
+halves and the stream.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def _hash(x: Tensor) -> Tensor:
 
 def bits(seed: Tensor, stream: int, count: int) -> Tensor:
     """[count] int64 in [0, 2^32): the definition that the kernels are held to."""
-    key = _hash(_hash((seed & _WORD) + stream & _WORD) ^ (seed >> 32 & _WORD))
+    key = _hash(_hash(_hash(seed & _WORD) ^ (seed >> 32 & _WORD)) + stream & _WORD)
     n = torch.arange(count, device=seed.device)
     return _hash(_hash(n & _WORD ^ key) + (n >> 32) + key & _WORD)
 
@@ -45,6 +46,6 @@ def bernoulli(like: Tensor, size: Sequence[int], seed: Tensor, stream: int, p: f
         p: in [0, 1]; rounded to a multiple of 2^-32.
     """
     if like.device.type == "cpu" and like.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return torch.ops.seqkern._cpu_bernoulli(like, size, seed, stream, p, value)
+        return torch.ops.seqkern._cpu_bernoulli(like.detach(), size, seed, stream, p, value)
     count = torch.Size(size).numel()
     return torch.where(bits(seed, stream, count) < round(p * 2**32), value, 0.0).to(like.dtype).view(size)

@@ -17,7 +17,7 @@ SK_INL F16 narrow_to(double x, F16) { return f16_of(float(x)); }
 
 // to[n - begin] = value where element n's bits are below `limit` (in 0 .. 2^32), else 0, for n in [begin, end).
 template <class S> void bernoulli(void* to, int64_t begin, int64_t end, const RandomArgs& r) {
-  const uint32_t key = hash(hash(uint32_t(r.seed) + uint32_t(r.stream)) ^ uint32_t(uint64_t(r.seed) >> 32));
+  const uint32_t key = hash(hash(hash(uint32_t(r.seed)) ^ uint32_t(uint64_t(r.seed) >> 32)) + uint32_t(r.stream));
   const S one = narrow_to(r.value, S{}), zero{};
   S* out = (S*)to;
   for (int64_t n = begin; n < end;) {
