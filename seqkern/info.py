@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import functional, modules, reference
+from . import functional, modules, options, reference
 
 _LAYERS = (modules.RNN, modules.LSTM, modules.GRU)
 _CELLS = (modules.RNNCell, modules.LSTMCell, modules.GRUCell)
@@ -91,6 +91,9 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
     if not functional.has_kernel(device, dtype):
         reason = f"device {device.type}" if device.type not in functional.KERNEL_DEVICES else f"dtype {_short(dtype)}"
         return Plan("reference", f"no kernel for {reason}: seqkern.reference, in plain torch operations", call)
+    if lacking := options.unfused(getattr(module, "_settings", None)):
+        why = f"no kernel for {lacking}: seqkern.reference, in plain torch operations"
+        return Plan("reference", why, call)
     if device.type == "meta":
         return Plan("meta", "shapes only, nothing is computed", call)
     isa = torch.ops.seqkern._cpu_isa()

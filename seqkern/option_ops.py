@@ -69,8 +69,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh_n, dc_n, dc_all, _):
-    x, h0, c0, batch_sizes, *masks, y, c_all, reserve = ctx.saved_tensors[:11]
-    weights = list(ctx.saved_tensors[11:])
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
+    x, h0, c0, batch_sizes, *masks, y, c_all, reserve = saved[:11]
+    weights = list(saved[11:])
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
     nothing = [None] * 10
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
@@ -116,8 +117,8 @@ def _double_setup(ctx, inputs, output):
 
 
 def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
-    cotangents, (x, h0, c0, batch_sizes, *masks) = ctx.saved_tensors[:4], ctx.saved_tensors[4:12]
-    weights = list(ctx.saved_tensors[12:])
+    saved = ctx.saved_tensors
+    cotangents, (x, h0, c0, batch_sizes, *masks), weights = saved[:4], saved[4:12], list(saved[12:])
     options = Options(**dict(zip(("keep", "h_mask", "zone_h", "zone_c"), masks, strict=True)), clip_value=ctx.clip)
 
     def layer(x, h0, c0, weights):

@@ -44,6 +44,20 @@ class Settings:
 DEFAULT = Settings()
 
 
+def unfused(settings: Settings | None) -> str:
+    """The options set that no kernel covers, in words; the empty string if there is none."""
+    s = settings or DEFAULT
+    found = {
+        "layer_norm": s.layer_norm,
+        "peephole": s.peephole,
+        "coupled": s.coupled,
+        "gate_activation='hard_sigmoid'": s.hard_sigmoid,
+        "reset_after=False": s.reset_before,
+        "grad_clip of norms": s.grad_clip is not None and s.grad_clip[0] == "norm",
+    }
+    return ", ".join(name for name, on in found.items() if on)
+
+
 class Call(NamedTuple):
     """What comes with one call of a stack."""
 
@@ -244,7 +258,7 @@ def _cut(sequence, sizes: Sequence[int] | None, o: Options, first: int, last: in
     masks = {n: getattr(o, n) for n in ("keep", "zone_h", "zone_c")}
     masks = {n: m if m is None or (n != "keep" and m.size(0) == 1) else m[rows] for n, m in masks.items()}
     if o.h_mask is not None:
-        masks["h_mask"] = o.h_mask[:, : h.size(1)]
+        masks["h_mask"] = o.h_mask[:, : x.size(1) if sizes is None else sizes[first]]
     if o.lengths is not None:
         masks["lengths"] = (o.lengths - first).clamp(0, last - first)
     return (x, h, c), batch_sizes, replace(o, **masks)

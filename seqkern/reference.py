@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardsigmoid, layer_norm, linear
+from torch.nn.functional import layer_norm, linear
 
 
 class State(NamedTuple):
@@ -117,24 +117,23 @@ def _normal(v: Tensor, gain: Tensor | None) -> Tensor:
     return v if gain is None else layer_norm(v, v.shape[-1:]) * gain
 
 
+def _hard_sigmoid(v: Tensor) -> Tensor:
+    """As torch's, whose derivative in float64 is a float32's 1/6."""
+    return (v / 6 + 0.5).clamp(0, 1)
+
+
 def _lstm_variant(gx: Tensor, gh: Tensor, state: State, o: Options, e: Extra) -> State:
     """The LSTM with any of: peepholes, i += p_i c, f += p_f c, o += p_o c' before the sigmoid (Gers and Schmidhuber
     2000); coupled gates, f = 1 - i, stacked as i, g, o (Greff et al. 2017); clamp(v / 6 + 1/2, 0, 1) in place of the
     sigmoid; layer normalisation, h' = o tanh(gain_c LN(c') + bias_c) (Ba et al. 2016)."""
-    sigmoid = hardsigmoid if o.hard_sigmoid else torch.sigmoid
+    sigmoid = _hard_sigmoid if o.hard_sigmoid else torch.sigmoid
     gates = gx + gh
-    if o.coupled:
-        i, g, out = gates.chunk(3, -1)
-    else:
-        i, f, g, out = gates.chunk(4, -1)
-    if e.peephole is not None:
-        p = e.peephole.view(2 if o.coupled else 3, -1)
-        i = i + p[0] * state.c
-        f = f if o.coupled else f + p[1] * state.c
-    i = sigmoid(i)
-    c = (1 - i if o.coupled else sigmoid(f)) * state.c + i * torch.tanh(g)
-    if e.peephole is not None:
-        out = out + p[-1] * c
+    i, *f, g, out = gates.chunk(3 if o.coupled else 4, -1)
+    p_i, *p_f, p_out = [0] * 3 if e.peephole is None else e.peephole.view(2 if o.coupled else 3, -1)
+    i = sigmoid(i + p_i * state.c)
+    f = 1 - i if o.coupled else sigmoid(f[0] + p_f[0] * state.c)
+    c = f * state.c + i * torch.tanh(g)
+    out = out + p_out * c
     read = c if e.gain_c is None else _normal(c, e.gain_c) + e.bias_c
     return State(sigmoid(out) * torch.tanh(read), c)
 
@@ -142,7 +141,7 @@ def _lstm_variant(gx: Tensor, gh: Tensor, state: State, o: Options, e: Extra) ->
 def _gru_variant(gx: Tensor, gh: Tensor, state: State, o: Options, product: Callable[[Tensor], Tensor]) -> State:
     """The GRU with hard sigmoids, or with the reset gate before the product, n = tanh(x_n + W_hn (r h) + b_hn) (Cho et
     al. 2014), or both. gh holds W_hh h + b_hh, of which the latter takes r and z; product(v) is W_hn v + b_hn."""
-    sigmoid = hardsigmoid if o.hard_sigmoid else torch.sigmoid
+    sigmoid = _hard_sigmoid if o.hard_sigmoid else torch.sigmoid
     x_r, x_z, x_n = gx.chunk(3, -1)
     h_r, h_z, h_n = gh.chunk(3, -1)
     r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
