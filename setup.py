@@ -24,7 +24,7 @@ ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # 2.11 is the oldest torch that the wheel runs on, whatever it is built with.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + (["-DPy_LIMITED_API=0x030A0000"] if ABI3 else [])
 CXX = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
-KERNELS = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
+KERNELS = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISA = {"generic": ["-DSK_VEC_BYTES=16"]}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -32,6 +32,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA["avx2"] = avx2 + ["-DSK_VEC_BYTES=32"]
     ISA["avx512"] = avx512 + ["-DSK_VEC_BYTES=64"]
     ISA["avx512_bf16"] = avx512 + ["-mavx512bf16", "-DSK_BF16_DOT", "-DSK_VEC_BYTES=64"]
+    ISA["amx"] = avx512 + ["-mamx-tile", "-mamx-bf16", "-DSK_AMX", "-DSK_VEC_BYTES=64"]
     STABLE.append("-DSK_X86")
 
 

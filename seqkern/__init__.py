@@ -15,7 +15,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .`, or in a checkout run `python setup.py build_ext --inplace`"
     ) from error
 
-from . import functional, reference
+from . import diagnostics, functional, reference
 from ._dynamo import allow_rnn_in_compile
 from .convert import accelerate, patched
 from .info import Plan, __version__, explain
@@ -31,6 +31,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "accelerate",
+    "diagnostics",
     "explain",
     "functional",
     "ops",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops, reference, watch
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -76,6 +76,9 @@ def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options
     for name, t in (("h0", h), ("c0", c)):
         if t is not None and t.shape[:-1] != leading:
             raise RuntimeError(f"{cell}: {name}'s first sizes must be [D, B] = {[*leading]}, got {list(t.shape)}")
+    if (take := watch.claim()) is not None:
+        sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
+        options = dataclasses.replace(options, watcher=watch.Hooks(take, leading[0], sizes, x))
     return reference.layer_with(options, x, h, c, weights, batch_sizes, cell, bidirectional)
 
 

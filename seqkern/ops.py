@@ -7,7 +7,7 @@ of their arguments in `seqkern.reference.layer`.
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  (loading _C registers the operators)
+from . import _C, reference, watch  # noqa: F401  (loading _C registers the operators)
 from .reference import CELLS
 
 rnn_layer = torch.ops.seqkern.rnn_layer.default
@@ -29,6 +29,7 @@ class Sizes:
         # In the packed case the batch is batch_sizes[0], a value that a fake kernel cannot read: h0 or a fresh
         # symbol stands for it.
         self.packed = batch_sizes is not None
+        self.sums = torch.promote_types(x.dtype, torch.float32)
         self.rows = x.size(0) if self.packed else x.size(0) * x.size(1)
         self.leading = (x.size(0),) if self.packed else (x.size(0), x.size(1))
 
@@ -55,6 +56,7 @@ def _rnn_layer_setup(ctx, inputs, output):
     x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _ = inputs
     y, _, c_n, reserve = output
     ctx.count = len(weights)
+    ctx.watcher = watch.claim()
     ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h0, c0, batch_sizes, y, reserve, *weights)
@@ -66,9 +68,16 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, None, None, None, None
     options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights))
-    dx, dh0, dc0, dweights = rnn_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
-    )
+    if ctx.watcher is None:
+        dx, dh0, dc0, dweights = rnn_layer_backward(
+            dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options
+        )
+    else:
+        dx, dh0, dc0, dweights, flow = torch.ops.seqkern.option_layer_backward(
+            dy, dh_n, dc_n, None, x, h0, c0, weights, batch_sizes, *[None] * 4, 0.0, y, x.new_empty(0), reserve,
+            *options, True,
+        )  # fmt: skip
+        watch.deliver(ctx.watcher, flow, x, batch_sizes)
     if not dweights:
         dweights = [None] * ctx.count
     return (

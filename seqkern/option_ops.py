@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import functional, reference
+from . import functional, reference, watch
 from .ops import Sizes, register_autocast, second_derivatives
 from .reference import CELLS, Options
 
@@ -62,6 +62,7 @@ def _setup(ctx, inputs, output):
     x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, ctx.clip, ctx.cell, ctx.bidirectional, want_c, _ = inputs
     y, _, c_n, c_all, reserve = output
     ctx.count = len(weights)
+    ctx.watcher = watch.claim()
     lstm = ctx.cell == "lstm"
     ctx.mark_non_differentiable(reserve, *([] if lstm else [c_n]), *([] if lstm and want_c else [c_all]))
     ctx.set_materialize_grads(False)
@@ -76,10 +77,12 @@ def _backward(ctx, dy, dh_n, dc_n, dc_all, _):
     nothing = [None] * 10
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
         return None, None, None, [None] * ctx.count, *nothing
-    dx, dh0, dc0, dweights = option_layer_backward(
+    dx, dh0, dc0, dweights, flow = option_layer_backward(
         dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes, *masks, ctx.clip, y, c_all, reserve,
-        ctx.cell, ctx.bidirectional, need_x, any(need_weights),
+        ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.watcher is not None,
     )  # fmt: skip
+    if ctx.watcher is not None:
+        watch.deliver(ctx.watcher, flow, x, batch_sizes)
     dweights = dweights or [None] * ctx.count
     return (
         dx if need_x else None,
@@ -96,7 +99,7 @@ torch.library.register_autograd("seqkern::option_layer", _backward, setup_contex
 @torch.library.register_fake("seqkern::option_layer_backward")
 def _(
     dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, y, c_all,
-    reserve, cell, bidirectional, need_dx, need_dw,
+    reserve, cell, bidirectional, need_dx, need_dw, want_flow,
 ):  # fmt: skip
     s = Sizes(x, weights, batch_sizes, cell, bidirectional)
     batch = s.batch(x, h0, c0, dh_n, dc_n)
@@ -105,12 +108,16 @@ def _(
         x.new_empty(s.directions, batch, s.output),
         x.new_empty(s.directions, batch, s.hidden) if cell == "lstm" else x.new_empty(0),
         [w.new_empty(w.shape) for w in weights] if need_dw else [],
+        x.new_empty(2, s.directions, s.rows, (max(s.hidden, s.output) + 7) // 8, dtype=s.sums)
+        if want_flow
+        else x.new_empty(0),
     )
 
 
 def _double_setup(ctx, inputs, output):
     dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes = inputs[:9]
-    ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[17:]
+    ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[17:21]
+    ctx.mark_non_differentiable(output[4])
     ctx.clip, ctx.count = inputs[13], len(weights)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dy, dh_n, dc_n, dc_all, x, h0, c0, batch_sizes, *inputs[9:13], *weights)
@@ -124,8 +131,8 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
     def layer(x, h0, c0, weights):
         return reference.layer_with(options, x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
 
-    grads = second_derivatives(ctx, second, layer, cotangents, (x, h0, c0, *weights))
-    return (*grads[:7], grads[7:], *[None] * 13)
+    grads = second_derivatives(ctx, second[:4], layer, cotangents, (x, h0, c0, *weights))
+    return (*grads[:7], grads[7:], *[None] * 14)
 
 
 torch.library.register_autograd("seqkern::option_layer_backward", _double_backward, setup_context=_double_setup)

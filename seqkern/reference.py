@@ -11,7 +11,7 @@ is one, else H), G gates, D directions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class Options:
     zone_h: Tensor | None = None
     zone_c: Tensor | None = None
     lengths: Tensor | None = None
+    watcher: Any = None  # a `watch.Hooks`: takes the norms of the states' gradients
 
     @property
     def variant(self) -> bool:
@@ -254,6 +255,10 @@ def _direction(x: Tensor, state: State, w: Weights, sizes: list[int], cell: Cell
         if c is not None:
             new_c = _mix(o.zone_c, rows, slice(d * width, (d + 1) * width), before.c, new_c)
         hs[t], cs[t] = new_h, new_c
+        if o.watcher is not None:
+            o.watcher.on(0, d, rows, new_h)
+            if c is not None:
+                o.watcher.on(1, d, rows, new_c)
         if o.lengths is not None:
             inside = (o.lengths > t).unsqueeze(-1)
             hs[t], new_h = torch.where(inside, new_h, 0), torch.where(inside, new_h, h)

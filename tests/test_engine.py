@@ -65,5 +65,5 @@ def test_truth_is_torchs_own_definition(cell):
 def test_isa_in_use():
     """A forced ISA is the one in use; a run that does not force one says so by a known name."""
     isa = torch.ops.seqkern._cpu_isa()
-    assert isa in ("generic", "avx2", "avx512", "avx512_bf16")
+    assert isa in ("generic", "avx2", "avx512", "avx512_bf16", "amx")
     assert isa == os.environ.get("SEQKERN_CPU_ISA", isa)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 BUILD = Path(__file__).parent.parent / "build"
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 LINKERS_OWN = {"__bss_start", "_edata", "_end", "_init", "_fini"}
 OBJECTS = sorted(path for isa in ISAS for path in BUILD.glob(f"**/{isa}/**/*.o"))
 

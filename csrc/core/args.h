@@ -51,6 +51,8 @@ struct LayerOptions {
   double clip_value;   // bound on d(loss)/d(state) on its way to the step before
   void* c_all;         // [N, D*H] c of every step: an output of forward, an input of backward
   const void* dc_all;  // [N, D*H] its gradient
+  void* flow;          // [2, D, N, flow_panels] squares of d(loss)/dh and d(loss)/dc, summed over the units of a panel
+  int64_t flow_panels;
 };
 
 struct LayerArgs {

@@ -18,34 +18,44 @@ template <class C, class S> struct Backward {
   static constexpr int kSkip = C::kGrads - C::kGates;  // where the columns of the hidden side begin
   static constexpr int kLeft = 8;  // tile rows, padded to what one load takes
   static constexpr int64_t kChunkRows = 256, kPanelBlock = 512 << 10;
+  using Part = typename PartOf<S>::Type;
   static_assert(kTile <= kLeft);
 
   const LayerArgs& a;
-  int64_t units, outs, ins, ldg, ldp, carry_ld, old_ld, chunk, chunk_rows, chunk_pairs, gate_k;
+  int64_t units, outs, ins, ldg, ldp, carry_ld, old_ld, chunk, chunk_rows, left_ld;
+  // Whether the tile unit multiplies: the steps' products, and those over the rows of a chunk.
+  bool tiles_h, tiles_sum;
 
   struct Shared {  // by the threads of a direction
-    Panels<A> w_hh, w_ih, w_hr;  // right-hand sides [G*H, P], [G*H, I], [P, H]
-    A* grads[2];                 // [chunk_rows][ldg] gate gradients, columns as the cell orders them
-    A* dp[2];                    // [chunk_rows][ldp] d(loss)/dh of a projected output
-    Panels<A> x[2], h[2], u[2];  // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
+    Panels<S> w_hh, w_ih, w_hr;  // right-hand sides [G*H, P], [G*H, I], [P, H]
+    Rows<S> grads[2];            // [chunk_rows][ldg] gate gradients, columns as the cell orders them
+    Rows<S> dp[2];               // [chunk_rows][ldp] d(loss)/dh of a projected output
+    Rows<S> grads_sum[2], dp_sum[2];  // the same in the form that sums take, where that is another
+    Panels<S> x[2], h[2], u[2];  // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
     Acc* carry;                  // [B][carry_ld]
     Acc* old;                    // [B][old_ld] zoneout: the gradient that goes past the cell; the carry where that is of h
     Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   };
-  struct Own { A* left; };  // [chunk_pairs][kLeft][kPair] one tile's columns of the gate gradients
+  struct Own {
+    A* left;         // one tile's columns of the gate gradients: [chunk_rows / kPair][kLeft][kPair], or
+    Rows<S> columns;  // for the tile unit, [32][left_ld]
+    Acc* pair;       // [2][units * kColumns] two rows of unprojected outputs
+    Acc* entering;   // [2][outs * kColumns] two rows of h as it went into the product, where options change it
+  };
 
   explicit Backward(const LayerArgs& args) : a(args) {
     units = ceil_div(a.hidden, kColumns);
     outs = ceil_div(a.output, kColumns);
     ins = ceil_div(a.input, kColumns);
-    gate_k = ceil_div(C::kGates * a.hidden, kPair<A>);
-    ldg = ceil_div(C::kGrads * a.hidden + kWidth, 16) * 16 + 16;
-    ldp = outs * kColumns + 16;
+    ldg = ceil_div(C::kGrads * a.hidden + kWidth, 32) * 32 + 32;
+    ldp = ceil_div(outs * kColumns, 32) * 32 + 32;
     carry_ld = units * kColumns;
     old_ld = outs * kColumns;
     chunk = min64(a.steps, max64(1, kChunkRows / max64(1, a.batch)));
     chunk_rows = chunk * a.batch;
-    chunk_pairs = ceil_div(chunk_rows, kPair<A>);
+    left_ld = ceil_div(chunk_rows, 32) * 32 + 32;
+    tiles_h = use_tiles<S>(Member::most_rows(a));
+    tiles_sum = tiles_h || use_tiles<S>(chunk_rows);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
   bool sums() const { return a.dweights[0].w_ih != nullptr; }
@@ -54,20 +64,18 @@ template <class C, class S> struct Backward {
 
   Shared shared(Arena& m) const {
     Shared s{};
-    auto panels = [&](int64_t k, int64_t n, bool wanted) {
-      Panels<A> p{nullptr, k, kWide};
-      p.data = m.take<A>(wanted ? n * p.size() : 0);
-      return p;
-    };
-    s.w_hh = panels(gate_k, outs, true);
-    s.w_ih = panels(gate_k, ins, a.dx != nullptr);
-    s.w_hr = panels(ceil_div(a.output, kPair<A>), units, projected());
+    const bool split = tiles_sum && !tiles_h;
+    s.w_hh = m.panels<S>(outs, C::kGates * a.hidden, kWide, tiles_h);
+    s.w_ih = m.panels<S>(a.dx ? ins : 0, C::kGates * a.hidden, kWide, tiles_sum);
+    s.w_hr = m.panels<S>(projected() ? units : 0, a.output, kWide, tiles_h);
     for (int i = 0; i < 2; ++i) {
-      s.grads[i] = m.take<A>(chunk_rows * ldg);
-      s.dp[i] = m.take<A>(projected() ? chunk_rows * ldp : 0);
-      s.x[i] = panels(chunk_pairs, ins, sums());
-      s.h[i] = panels(chunk_pairs, outs, sums());
-      s.u[i] = panels(chunk_pairs, units, sums() && projected());
+      s.grads[i] = m.rows<S>(chunk_rows, ldg, tiles_h);
+      s.dp[i] = m.rows<S>(projected() ? chunk_rows : 0, ldp, tiles_h);
+      s.grads_sum[i] = split ? m.rows<S>(chunk_rows, ldg, true) : s.grads[i];
+      s.dp_sum[i] = split ? m.rows<S>(projected() ? chunk_rows : 0, ldp, true) : s.dp[i];
+      s.x[i] = m.panels<S>(sums() ? ins : 0, chunk_rows, kWide, tiles_sum);
+      s.h[i] = m.panels<S>(sums() ? outs : 0, chunk_rows, kWide, tiles_sum);
+      s.u[i] = m.panels<S>(sums() && projected() ? units : 0, chunk_rows, kWide, tiles_sum);
     }
     s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
     s.old = C::kCarry == Carry::kHidden ? s.carry : m.take<Acc>(a.options.zone_h ? a.batch * old_ld : 0);
@@ -79,7 +87,14 @@ template <class C, class S> struct Backward {
     s.dw_hr = m.take<Acc>(n && projected() ? a.output * a.hidden : 0);
     return s;
   }
-  Own own(Arena& m) const { return {m.take<A>(chunk_pairs * kLeft * kPair<A>)}; }
+  Own own(Arena& m) const {
+    Own o;
+    o.left = m.take<A>(tiles_sum ? 0 : ceil_div(chunk_rows, kPair<A>) * kLeft * kPair<A>);
+    o.columns = m.rows<S>(tiles_sum ? kTilePad : 0, left_ld, tiles_sum);
+    o.pair = m.take<Acc>(projected() ? 2 * units * kColumns : 0);
+    o.entering = m.take<Acc>(a.options.any ? 2 * outs * kColumns : 0);
+    return o;
+  }
   // The second direction's dx, where both directions run at once.
   S* second_dx(Arena& m) const { return m.take<S>(a.dx && a.plan.directions == 2 ? a.rows * a.input : 0); }
 
@@ -95,6 +110,7 @@ template <class C, class S> struct Backward {
   static void run(const LayerArgs& args, int tid) {
     Backward f(args);
     Member me(args, tid);
+    TileUse tiles(f.tiles_sum);
     Arena m{args.scratch};
     S* dx2 = f.second_dx(m);
     Shared s;
@@ -121,30 +137,31 @@ template <class C, class S> struct Backward {
   }
 
   // B[k, n] for k over the columns of gate gradients, each column block being `order[k]`-th gate's rows of w [G*H, n].
-  void pack_by_gate(const S* w, int64_t n, const int (&order)[C::kGates], const Panels<A>& to, Range p) const {
-    for (int64_t i = p.begin; i < p.end; ++i) {
-      for (int k = 0; k < C::kGates; ++k)
-        for (int64_t j = 0; j < a.hidden; ++j)
-          pack_row(w + (order[k] * a.hidden + j) * n + i * kColumns, n - i * kColumns, k * a.hidden + j, to.panel(i),
-                   kColumns);
-      if (C::kGates * a.hidden % kPair<A>) pack_row(w, 0, C::kGates * a.hidden, to.panel(i), kColumns);
-    }
+  void pack_by_gate(const S* w, int64_t n, const int (&order)[C::kGates], const Panels<S>& to, Range p) const {
+    for (int64_t i = p.begin; i < p.end; ++i)
+      pack_rows(to, i, i + 1, n, 0, to.k,
+                [&](int64_t k) { return w + (order[k / a.hidden] * a.hidden + k % a.hidden) * n; });
   }
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     const int i = me.in_direction(), n = me.direction_size();
     pack_by_gate((const S*)w.w_hh, a.output, C::kOrderH, s.w_hh, part(outs, i, n));
     if (a.dx) pack_by_gate((const S*)w.w_ih, a.input, C::kOrder, s.w_ih, part(ins, i, n));
-    if (!projected()) return;
-    const Range p = part(units, i, n);
-    for (int64_t q = p.begin; q < p.end; ++q)
-      for (int64_t k = 0; k < s.w_hr.pairs * kPair<A>; ++k)
-        pack_row((const S*)w.w_hr + k * a.hidden + q * kColumns, k < a.output ? a.hidden - q * kColumns : 0, k,
-                 s.w_hr.panel(q), kColumns);
+    if (projected()) {
+      const Range p = part(units, i, n);
+      pack_rows(s.w_hr, p.begin, p.end, a.hidden, 0, a.output, [&](int64_t k) { return (const S*)w.w_hr + k * a.hidden; });
+    }
+    // What pads a row is multiplied too, by zeros: it must be finite.
+    const Range r = part(chunk_rows, i, n);
+    for (int b = 0; b < 2; ++b) {
+      s.grads[b].clear(r.begin, r.end, C::kGrads * a.hidden);
+      if (projected()) s.dp[b].clear(r.begin, r.end, a.output);
+    }
   }
 
   struct Chunk {
     int64_t first, last;  // steps, counted in backward's order
+    int64_t time;         // the earliest
     int64_t base, rows;   // rows of the whole sequence
     int buffer;
   };
@@ -159,18 +176,19 @@ template <class C, class S> struct Backward {
     pack(me, d, s);
     if (me.unit_part == 0) enter(dir, s, b0, b1);
     me.meet_direction();
-    const A* after = nullptr;  // gate gradients of the step before in this order, row 0 of the batch
+    Rows<S> after{};  // gate gradients of the step before in this order, row 0 of the batch
     for (int64_t i0 = 0, k = 0; i0 < a.steps; i0 += chunk, ++k) {
-      Chunk c{i0, min64(i0 + chunk, a.steps), 0, 0, int(k & 1)};
+      Chunk c{i0, min64(i0 + chunk, a.steps), 0, 0, 0, int(k & 1)};
       const int64_t t0 = min64(time(c.first), time(c.last - 1)), t1 = max64(time(c.first), time(c.last - 1));
+      c.time = t0;
       c.base = a.starts[t0];
       c.rows = a.starts[t1 + 1] - c.base;
       for (int64_t i = c.first; i < c.last; ++i) {
         const int64_t t = time(i), n = clip(size(i)), known = clip(min64(size(i - 1), size(i)));
-        A* grads = s.grads[c.buffer] + (a.starts[t] - c.base) * ldg;
+        const Rows<S> grads = s.grads[c.buffer].at(a.starts[t] - c.base);
         // Rows up to `known` were at the step before; the others begin here, with d(loss)/dh_n.
         if (projected()) {
-          A* dp = s.dp[c.buffer] + (a.starts[t] - c.base) * ldp;
+          const Rows<S> dp = s.dp[c.buffer].at(a.starts[t] - c.base);
           output(dir, s, t, after, b0, known, n, q, dp);
           me.meet_units();
           unproject(dir, s, t, dp, b0, n, p, grads);
@@ -181,7 +199,8 @@ template <class C, class S> struct Backward {
         leave(dir, s, t, grads, clip(min64(size(i + 1), size(i))), n, q, p);
         after = grads;
       }
-      if (sums()) gather(me, dir, s, c, b0, b1);
+      if (sums()) gather(me, dir, s, o, c);
+      if (tiles_sum && !tiles_h) split(me, dir, s, c, b0, b1);
       me.meet_direction();
       if (a.dx) input_gradient(me, s, c, dx, add);
       if (sums()) sum_weights(me, s, o, c, d);
@@ -204,12 +223,13 @@ template <class C, class S> struct Backward {
   // d(loss)/dh of rows [b0, n) at time t, in the output panels q: through the next step's gates for rows below `known`,
   // from dh_n for the others, and from dy. use(b, j, lanes, value) takes a vector of it.
   template <class Use>
-  SK_INL void output_gradient(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0,
+  SK_INL void output_gradient(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& after, int64_t b0,
                               int64_t known, int64_t n, Range q, const Use& use) const {
     const OptionMath<S> math(a, dir.d);
     auto direct = [&](int64_t b, int64_t j, int64_t lanes, V value) {
       if (a.options.any && b < known) value = math.kept(message(math, s, b, j, lanes, value), dir.after(t), b);
       if (a.dy.data) value = value + load(at<const S>(a.dy, a, t, b) + dir.d * a.output + j, lanes);
+      if (a.options.any) math.watch(0, t, b, j / kColumns, value);
       if (a.options.any && past()) {  // the cell gets its share, the rest goes to the step before
         V old = a.options.zone_h ? math.zone_h(t, b, j, lanes) * value : V(0);
         store(old, s.old + b * old_ld + j);
@@ -217,7 +237,7 @@ template <class C, class S> struct Backward {
       }
       use(b, j, lanes, value);
     };
-    multiply<kWide>(Left<A>{after + b0 * ldg + kSkip * a.hidden, ldg, kPair<A>}, known - b0, s.w_hh, q.begin, q.end,
+    multiply<kWide>(after.at(b0, kSkip * a.hidden), known - b0, s.w_hh, q.begin, q.end,
                     (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
                       for (int r = 0; r < rows; ++r)
                         for (int v = 0; v < kWide; ++v) {
@@ -243,7 +263,7 @@ template <class C, class S> struct Backward {
 
   // The cell's derivative for one vector of units of row b.
   SK_INL void cell(const Direction& dir, const Shared& s, int64_t t, int64_t b, int64_t j, int64_t lanes, V dh,
-                   A* grads) const {
+                   const Rows<S>& grads) const {
     const OptionMath<S> math(a, dir.d);
     V saved[C::kSaved ? C::kSaved : 1], grad[C::kGrads], out(0), prev(0), carry(0);
     if (C::kSaved) {
@@ -270,6 +290,8 @@ template <class C, class S> struct Backward {
       carry = V(0);
     } else if (a.options.any && C::kCarry == Carry::kCell) {
       if (a.options.dc_all) carry = carry + load(math.c_row((const S*)a.options.dc_all, t, b) + j, lanes);
+      if constexpr (C::kCarry == Carry::kCell)
+        if (a.options.flow) math.watch(1, t, b, j / kColumns, C::cell_gradient(saved, dh, carry));
       if (a.options.zone_c) old = math.zone_c(t, b, j, lanes) * carry;
       carry = carry - old;
     }
@@ -277,32 +299,23 @@ template <class C, class S> struct Backward {
     if (a.options.any) carry = carry + old;
     if (a.options.any && C::kCarry == Carry::kCell) carry = math.kept(math.clipped(carry), t, b);
     if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
-    for (int g = 0; g < C::kGrads; ++g) store(grad[g], grads + b * ldg + g * a.hidden + j, lanes);
-    if (kPair<A> == 2 && lanes <= kWidth)  // an odd number of columns is read in pairs
-      grads[b * ldg + C::kGrads * a.hidden] = A{};
+    for (int g = 0; g < C::kGrads; ++g) grads.put(grad[g], b, g * a.hidden + j, lanes);
   }
 
-  void output_and_cell(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0, int64_t known,
-                       int64_t n, Range q, A* grads) const {
+  void output_and_cell(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& after, int64_t b0, int64_t known,
+                       int64_t n, Range q, const Rows<S>& grads) const {
     output_gradient(dir, s, t, after, b0, known, n, q,
                     [&](int64_t b, int64_t j, int64_t lanes, V dh) { cell(dir, s, t, b, j, lanes, dh, grads); });
   }
-  void output(const Direction& dir, const Shared& s, int64_t t, const A* after, int64_t b0, int64_t known, int64_t n,
-              Range q, A* dp) const {
+  void output(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& after, int64_t b0, int64_t known, int64_t n,
+              Range q, const Rows<S>& dp) const {
     output_gradient(dir, s, t, after, b0, known, n, q,
-                    [&](int64_t b, int64_t j, int64_t lanes, V dh) {
-                      store(lanes < kWidth ? first(dh, lanes) : dh, dp + b * ldp + j);
-                    });
-  }
-  static SK_INL V first(V x, int64_t lanes) {  // the rest zero
-    Acc full[kWidth];
-    store(x, full);
-    return load(full, lanes);
+                    [&](int64_t b, int64_t j, int64_t lanes, V dh) { dp.put(dh, b, j, lanes); });
   }
   // d(loss)/d(unprojected h) = dp W_hr, and the cell on it.
-  void unproject(const Direction& dir, const Shared& s, int64_t t, const A* dp, int64_t b0, int64_t n, Range p,
-                 A* grads) const {
-    multiply<kWide>(Left<A>{dp + b0 * ldp, ldp, kPair<A>}, n - b0, s.w_hr, p.begin, p.end, (const Acc*)nullptr,
+  void unproject(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& dp, int64_t b0, int64_t n, Range p,
+                 const Rows<S>& grads) const {
+    multiply<kWide>(dp.at(b0), n - b0, s.w_hr, p.begin, p.end, (const Acc*)nullptr,
                     [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
                       for (int r = 0; r < rows; ++r)
                         for (int v = 0; v < kWide; ++v) {
@@ -314,11 +327,12 @@ template <class C, class S> struct Backward {
   }
 
   // Initial state's gradient for the rows [begin, end), whose first step in time this, at t, was.
-  void leave(const Direction& dir, const Shared& s, int64_t t, const A* grads, int64_t begin, int64_t end, Range q,
+  void leave(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& grads, int64_t begin,
+             int64_t end, Range q,
              Range p) const {
     const OptionMath<S> math(a, dir.d);
     S* dh0 = (S*)a.dh0 + dir.d * a.batch * a.output;
-    multiply<kWide>(Left<A>{grads + begin * ldg + kSkip * a.hidden, ldg, kPair<A>}, end - begin, s.w_hh, q.begin, q.end,
+    multiply<kWide>(grads.at(begin, kSkip * a.hidden), end - begin, s.w_hh, q.begin, q.end,
                     (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
                       for (int r = 0; r < rows; ++r)
                         for (int v = 0; v < kWide; ++v) {
@@ -339,61 +353,86 @@ template <class C, class S> struct Backward {
 
   // Right-hand sides of the weight sums, this thread's share of the chunk's rows: x, the state that each step read,
   // and what the projection multiplied.
-  void gather(const Member& me, const Direction& dir, const Shared& s, const Chunk& c, int64_t b0, int64_t b1) const {
+  void gather(const Member& me, const Direction& dir, const Shared& s, const Own& o, const Chunk& c) const {
+    const Range blocks = part(ceil_div(c.rows, kTileK), me.in_direction(), me.direction_size());
+    const int64_t begin = blocks.begin * kTileK, end = min64(blocks.end * kTileK, c.rows);
+    if (begin >= end) return;
+    int64_t t = c.time;
+    const auto row_of = [&](int64_t k) {  // of the batch, at step t; k goes up
+      while (a.starts[t + 1] <= c.base + k) ++t;
+      return c.base + k - a.starts[t];
+    };
+    pack_rows(in_chunk(s.x, c), 0, ins, a.input, begin, end, [&](int64_t k) {
+      const int64_t b = row_of(k);
+      return (const S*)at<const S>(a.x, a, t, b);
+    });
+    t = c.time;
+    if (a.options.any)
+      pack_rows(in_chunk(s.h, c), 0, outs, outs * kColumns, begin, end, [&](int64_t k) {
+        const int64_t b = row_of(k);
+        return compute_entering(dir, t, b, o.entering + k % 2 * outs * kColumns);
+      });
+    else
+      pack_rows(in_chunk(s.h, c), 0, outs, a.output, begin, end, [&](int64_t k) {
+        const int64_t b = row_of(k);
+        return dir.previous_output<S>(t, b);
+      });
+    if (!projected()) return;
+    t = c.time;
+    pack_rows(in_chunk(s.u, c), 0, units, units * kColumns, begin, end, [&](int64_t k) {
+      const int64_t b = row_of(k);
+      return compute_unprojected(dir, t, b, o.pair + k % 2 * units * kColumns);
+    });
+  }
+  // Panels over the rows of this chunk; another may have more.
+  static Panels<S> in_chunk(const Panels<S> (&buffers)[2], const Chunk& c) {
+    Panels<S> p = buffers[c.buffer];
+    p.k = c.rows;
+    return p;
+  }
+  // Gate gradients of rows [b0, b1) in the form that the sums and dx take, this thread's share of the chunk's steps.
+  void split(const Member& me, const Direction& dir, const Shared& s, const Chunk& c, int64_t b0, int64_t b1) const {
     const Range steps = part(c.last - c.first, me.unit_part, a.plan.units);
-    auto rows = [&](const Panels<A>& to, int64_t panels, const S* from, int64_t n, int64_t k) {
-      for (int64_t i = 0; i < panels; ++i)
-        pack_row(from ? from + i * kColumns : nullptr, from ? n - i * kColumns : 0, k, to.panel(i), kColumns);
+    const auto copy = [&](const Rows<S>& from, const Rows<S>& to, int64_t r, int64_t n) {
+      for (int64_t j = 0; j < n; j += kWidth) to.put(load(from.plain(r) + j), r, j);
+      to.clear(r, r + 1, n);
     };
     for (int64_t i = steps.begin; i < steps.end; ++i) {
       const int64_t t = dir.time(a.steps - 1 - (c.first + i));
       for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b) {
-        const int64_t k = a.starts[t] + b - c.base;
-        rows(s.x[c.buffer], ins, at<const S>(a.x, a, t, b), a.input, k);
-        if (a.options.any) gather_entering(dir, s.h[c.buffer], t, b, k);
-        else rows(s.h[c.buffer], outs, dir.previous_output<const S>(t, b), a.output, k);
-        if (projected()) gather_unprojected(dir, s.u[c.buffer], t, b, k);
+        copy(s.grads[c.buffer], s.grads_sum[c.buffer], a.starts[t] + b - c.base, C::kGrads * a.hidden);
+        if (projected()) copy(s.dp[c.buffer], s.dp_sum[c.buffer], a.starts[t] + b - c.base, a.output);
       }
-    }
-    if (kPair<A> == 2 && c.rows % 2 && me.in_direction() == 0) {
-      rows(s.x[c.buffer], ins, nullptr, 0, c.rows);
-      rows(s.h[c.buffer], outs, nullptr, 0, c.rows);
-      if (projected()) rows(s.u[c.buffer], units, nullptr, 0, c.rows);
     }
   }
-  void gather_entering(const Direction& dir, const Panels<A>& to, int64_t t, int64_t b, int64_t k) const {
+  // h as it went into the product of step t.
+  const Acc* compute_entering(const Direction& dir, int64_t t, int64_t b, Acc* to) const {
     const S* h = dir.previous_output<const S>(t, b);
     const OptionMath<S> math(a, dir.d);
-    for (int64_t i = 0; i < outs; ++i) {
-      Acc row[kColumns];
-      for (int v = 0; v < kWide; ++v) {
-        const int64_t j = i * kColumns + v * kWidth, lanes = a.output - j;
-        store(h && lanes > 0 ? math.entering(load(h + j, lanes), t, b, j, lanes) : V(0), row + v * kWidth);
-      }
-      pack_row(row, kColumns, k, to.panel(i), kColumns);
+    for (int64_t j = 0; j < outs * kColumns; j += kWidth) {
+      const int64_t lanes = a.output - j;
+      store(h && lanes > 0 ? math.entering(load(h + j, lanes), t, b, j, lanes) : V(0), to + j);
     }
+    return to;
   }
   template <class Cell = C> auto unprojected(const V* saved) const -> decltype(Cell::unprojected(*(V(*)[5])saved)) {
     return Cell::unprojected(*(V(*)[5])saved);
   }
   V unprojected(...) const { return V(0); }  // cells without a projection never get here
-  void gather_unprojected(const Direction& dir, const Panels<A>& to, int64_t t, int64_t b, int64_t k) const {
+  const Acc* compute_unprojected(const Direction& dir, int64_t t, int64_t b, Acc* u) const {
     const S* keep = dir.reserve<const S, C::kSaved>(t, b);
-    for (int64_t i = 0; i < units; ++i) {
-      Acc u[kColumns];
-      for (int v = 0; v < kWide; ++v) {
-        const int64_t j = i * kColumns + v * kWidth, lanes = a.hidden - j;
-        V saved[5];
-        for (int q = 0; q < C::kSaved; ++q) saved[q] = lanes > 0 ? load(keep + q * a.hidden + j, lanes) : V(0);
-        store(lanes > 0 ? unprojected((const V*)saved) : V(0), u + v * kWidth);
-      }
-      pack_row(u, kColumns, k, to.panel(i), kColumns);
+    for (int64_t j = 0; j < units * kColumns; j += kWidth) {
+      const int64_t lanes = a.hidden - j;
+      V saved[5];
+      for (int q = 0; q < C::kSaved; ++q) saved[q] = lanes > 0 ? load(keep + q * a.hidden + j, lanes) : V(0);
+      store(lanes > 0 ? unprojected((const V*)saved) : V(0), u + j);
     }
+    return u;
   }
 
   void input_gradient(const Member& me, const Shared& s, const Chunk& c, S* dx, bool add) const {
     const Range r = part(c.rows, me.in_direction(), me.direction_size());
-    multiply<kWide>(Left<A>{s.grads[c.buffer] + r.begin * ldg, ldg, kPair<A>}, r.end - r.begin, s.w_ih, 0, ins,
+    multiply<kWide>(s.grads_sum[c.buffer].at(r.begin), r.end - r.begin, s.w_ih, 0, ins,
                     (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* t) {
                       for (int i = 0; i < rows; ++i)
                         for (int v = 0; v < kWide; ++v) {
@@ -407,26 +446,43 @@ template <class C, class S> struct Backward {
                     });
   }
 
-  // Columns [m, m + rows) of `from`, transposed for the left-hand side of a sum.
-  void take_columns(A* left, const A* from, int64_t ld, int64_t m, int rows, int64_t n) const {
+  int64_t left_rows() const { return tiles_sum ? kTilePad : kTile; }
+  // Columns [m, m + rows) of `from`, transposed for the left-hand side of a sum over n rows.
+  void take_columns(const Own& o, const Rows<S>& from, int64_t m, int rows, int64_t n) const {
     constexpr int kP = kPair<A>;
+#ifdef SK_AMX
+    if constexpr (kParts<S> > 0)
+      if (tiles_sum) {
+        for (int i = 0; i < rows; i += kTileRows)
+          transpose_columns<kParts<S>>({(const Bf16*)from.at(0, m + i).data, from.row(), from.ld}, n,
+                                       (Bf16*)o.columns.at(i).data, o.columns.row(), left_ld);
+        return;
+      }
+#endif
+    const A* first = from.plain(0) + m;
     if (kP == 1) {
       for (int64_t k = 0; k < n; ++k)  // the lanes past `rows` are not read
-        for (int r = 0; r < kLeft; ++r) left[k * kLeft + r] = from[k * ld + m + r];
+        for (int r = 0; r < kLeft; ++r) o.left[k * kLeft + r] = first[k * from.ld + r];
       return;
     }
     for (int64_t k = 0; k < ceil_div(n, kP); ++k)
       for (int r = 0; r < rows; ++r)
         for (int h = 0; h < kP; ++h)
-          left[(k * kLeft + r) * kP + h] = k * kP + h < n ? from[(k * kP + h) * ld + m + r] : A{};
+          o.left[(k * kLeft + r) * kP + h] = k * kP + h < n ? first[(k * kP + h) * from.ld + r] : A{};
   }
   // to [rows][n] (+)= left^T B for the panels p; the first chunk sets, the others add.
-  void sum_tile(const A* left, int rows, const Panels<A>& b, Range p, int64_t pairs, int64_t n, Acc* to,
-                bool first_chunk) const {
-    alignas(64) Acc c[kTile * kColumns];
+  void sum_tile(const Own& o, int rows, const Panels<S>& b, Range p, int64_t n, Acc* to, bool first_chunk) const {
+    alignas(64) Acc c[(kParts<S> ? kTilePad : kTile) * kColumns];
     for (int64_t q = p.begin; q < p.end; ++q) {
-      TileArgs<A> t{{left, kPair<A>, kLeft * kPair<A>}, b.panel(q), pairs, nullptr, c, false};
-      tile_any<kWide>(rows, t);
+#ifdef SK_AMX
+      if constexpr (kParts<S> > 0) {
+        if (tiles_sum)
+          tile_product<kParts<S>, kWide>({(const Bf16*)o.columns.data, o.columns.row(), left_ld}, rows,
+                                         b.tile_column(q, 0), tile_blocks(b.k), nullptr, c);
+      }
+#endif
+      if (!tiles_sum)
+        tile_any<kWide>(rows, TileArgs<A>{{o.left, kPair<A>, kLeft * kPair<A>}, b.panel(q), b.pairs(), nullptr, c, false});
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v) {
           const int64_t j = q * kColumns + v * kWidth, lanes = n - j;
@@ -440,26 +496,23 @@ template <class C, class S> struct Backward {
   // dW and db of one matrix: rows [m of `to`] from the columns of gate gradients that stand for them. The panels of the
   // right-hand side go in blocks that stay in L2 while all tiles pass over them.
   struct Sum {
-    const A* from;       // [rows of the chunk][ld]
-    int64_t ld;
-    const Panels<A>& b;
-    int64_t n;           // columns of `to`
-    Acc *to, *bias;      // bias: null where there is none
+    Rows<S> from;     // [rows of the chunk][ld]
+    Panels<S> b;
+    int64_t n;        // columns of `to`
+    Acc *to, *bias;   // bias: null where there is none
   };
   template <class Row>
   void sum(const Own& o, const Chunk& c, const Sum& s, Range tiles, int64_t per_gate, const Row& row) const {
-    const int64_t pairs = ceil_div(c.rows, kPair<A>), panels = ceil_div(s.n, kColumns);
-    const int64_t panel_bytes = pairs * kColumns * kPair<A> * int64_t(sizeof(A));
-    const int64_t blocks = ceil_div(panels * panel_bytes, kPanelBlock);
+    const int64_t panels = ceil_div(s.n, kColumns), blocks = ceil_div(panels * s.b.bytes(), kPanelBlock);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range p = part(panels, int(block), int(blocks));
       for (int64_t i = tiles.begin; i < tiles.end; ++i) {
-        const int64_t gate = i / ceil_div(per_gate, kTile), j = i % ceil_div(per_gate, kTile) * kTile;
-        const int rows = int(min64(kTile, per_gate - j));
+        const int64_t gate = i / ceil_div(per_gate, left_rows()), j = i % ceil_div(per_gate, left_rows()) * left_rows();
+        const int rows = int(min64(left_rows(), per_gate - j));
         const int64_t m = row(gate) * per_gate + j;
-        take_columns(o.left, s.from, s.ld, gate * per_gate + j, rows, c.rows);
-        sum_tile(o.left, rows, s.b, p, pairs, s.n, s.to + m * s.n, c.first == 0);
-        if (s.bias && block == 0) sum_bias(o.left, rows, pairs, s.bias + m, c.first == 0);
+        take_columns(o, s.from, gate * per_gate + j, rows, c.rows);
+        sum_tile(o, rows, s.b, p, s.n, s.to + m * s.n, c.first == 0);
+        if (s.bias && block == 0) sum_bias(o, rows, c.rows, s.bias + m, c.first == 0);
       }
     }
   }
@@ -467,23 +520,30 @@ template <class C, class S> struct Backward {
     const Weights& w = a.dweights[d];
     auto pick = [](void* direct, Acc* wide) { return kDirectSums ? (Acc*)direct : wide; };
     const int i = me.in_direction(), n = me.direction_size();
-    const Range mine = part(C::kGates * ceil_div(a.hidden, kTile), i, n);
-    const A* grads = s.grads[c.buffer];
+    const Range mine = part(C::kGates * ceil_div(a.hidden, left_rows()), i, n);
+    const Rows<S>& grads = s.grads_sum[c.buffer];
     Acc* db_ih = w.b_ih ? pick(w.b_ih, s.db_ih) : nullptr;
     Acc* db_hh = w.b_hh ? pick(w.b_hh, s.db_hh) : nullptr;
-    sum(o, c, Sum{grads, ldg, s.x[c.buffer], a.input, pick(w.w_ih, s.dw_ih), db_ih}, mine, a.hidden,
+    sum(o, c, Sum{grads, in_chunk(s.x, c), a.input, pick(w.w_ih, s.dw_ih), db_ih}, mine, a.hidden,
         [](int64_t gate) { return C::kOrder[gate]; });
-    sum(o, c, Sum{grads + kSkip * a.hidden, ldg, s.h[c.buffer], a.output, pick(w.w_hh, s.dw_hh), db_hh}, mine, a.hidden,
+    sum(o, c, Sum{grads.at(0, kSkip * a.hidden), in_chunk(s.h, c), a.output, pick(w.w_hh, s.dw_hh), db_hh}, mine, a.hidden,
         [](int64_t gate) { return C::kOrderH[gate]; });
     if (projected())
-      sum(o, c, Sum{s.dp[c.buffer], ldp, s.u[c.buffer], a.hidden, pick(w.w_hr, s.dw_hr), nullptr},
-          part(ceil_div(a.output, kTile), i, n), a.output, [](int64_t) { return 0; });
+      sum(o, c, Sum{s.dp_sum[c.buffer], in_chunk(s.u, c), a.hidden, pick(w.w_hr, s.dw_hr), nullptr},
+          part(ceil_div(a.output, left_rows()), i, n), a.output, [](int64_t) { return 0; });
   }
-  void sum_bias(const A* left, int rows, int64_t pairs, Acc* to, bool first) const {
+  void sum_bias(const Own& o, int rows, int64_t n, Acc* to, bool first) const {
     for (int r = 0; r < rows; ++r) {
       Acc sum = 0;
-      for (int64_t k = 0; k < pairs; ++k)
-        for (int h = 0; h < kPair<A>; ++h) sum += widen(left[(k * kLeft + r) * kPair<A> + h]);
+      if (tiles_sum) {
+        V sums(0);
+        for (int p = 0; p < kParts<S>; ++p)
+          for (int64_t k = 0; k < n; k += kWidth) sums = sums + load((const Part*)o.columns.data + (r * kParts<S> + p) * left_ld + k);
+        for (int i = 0; i < kWidth; ++i) sum += sums.v[i];
+      } else {
+        for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
+          for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
+      }
       to[r] = first ? sum : to[r] + sum;
     }
   }

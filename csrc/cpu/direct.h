@@ -55,8 +55,8 @@ template <class A, class S> SK_INL Pack<typename AccOf<S>::Type> dots(const A* r
 }
 
 // As multiply() on a cell's packed weights (team.h), but on w [G*H, k] itself, one row at a time.
-template <class C, class A, class S, class Acc, class Done>
-SK_INL void multiply_direct(Left<A> a, int64_t rows, const S* w, int64_t hidden, int64_t k, Range p, const Acc* init,
+template <class C, class S, class Acc, class Done>
+SK_INL void multiply_direct(const Rows<S>& a, int64_t rows, const S* w, int64_t hidden, int64_t k, Range p, const Acc* init,
                             const Done& done) {
   constexpr int kWidth = Pack<Acc>::kWidth, kColumns = kCellVectors<C> * kWidth;
   alignas(64) Acc c[kColumns];
@@ -67,7 +67,7 @@ SK_INL void multiply_direct(Left<A> a, int64_t rows, const S* w, int64_t hidden,
           const int v = u * C::kGates + g;
           const int64_t j = (panel * kUnitBlocks<C> + u) * kWidth, n = hidden - j;
           Pack<Acc> first = load(init + panel * kColumns + v * kWidth);
-          if (n > 0) first = first + dots(a.rows + r * a.row, w + (g * hidden + j) * k, n, k);
+          if (n > 0) first = first + dots(a.plain(r), w + (g * hidden + j) * k, n, k);
           store(first, c + v * kWidth);
         }
       done(panel, r, 1, c);

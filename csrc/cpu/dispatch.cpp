@@ -5,15 +5,33 @@
 #include <torch/headeronly/util/Exception.h>
 #include <vector>
 
+#if defined(SK_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace seqkern {
 namespace generic { extern const CpuKernels kKernels; }
 #if defined(SK_X86)
 namespace avx2 { extern const CpuKernels kKernels; }
 namespace avx512 { extern const CpuKernels kKernels; }
 namespace avx512_bf16 { extern const CpuKernels kKernels; }
+namespace amx { extern const CpuKernels kKernels; }
 #endif
 
 namespace {
+#if defined(SK_X86)
+// Whether the CPU has the tile unit with bf16, and the system lets this process use it: its registers are so large that
+// a process must ask (Linux 5.16 and later).
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 std::vector<const CpuKernels*> runnable() {
   std::vector<const CpuKernels*> found{&generic::kKernels};
 #if defined(SK_X86)
@@ -23,7 +41,9 @@ std::vector<const CpuKernels*> runnable() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw")) return found;
   found.push_back(&avx512::kKernels);
-  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
+  if (!__builtin_cpu_supports("avx512bf16")) return found;
+  found.push_back(&avx512_bf16::kKernels);
+  if (has_amx()) found.push_back(&amx::kKernels);
 #endif
   return found;
 }

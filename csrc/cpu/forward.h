@@ -23,33 +23,32 @@ template <class C, class S> struct Forward {
   static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = 3 << 19;
 
   const LayerArgs& a;
-  bool direct_x, direct_h;
+  bool direct_x, direct_h, tiles_x, tiles_h;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows;
 
   // Shared by the threads of a direction.
   struct Shared {
-    Panels<A> w_ih, w_hh, w_hr;
+    Panels<S> w_ih, w_hh, w_hr;
     Acc *b_ih, *b_hh;
-    A* h[2];     // [B][ldh] state before and after a step, by turns
-    A* full;     // [B][ldu] the LSTM's output before projection
+    Rows<S> h[2];  // [B][ldh] state before and after a step, by turns
+    Rows<S> full;  // [B][ldu] the LSTM's output before projection
     Acc* carry;  // [B][carry_ld]
   };
   // A thread's own.
   struct Own {
-    A* x;     // [chunk_rows][ldx] inputs of a chunk, dense
-    Acc* gx;  // [chunk_rows][own panels][kColumns] projected inputs of a chunk
+    Rows<S> x;  // [chunk_rows][ldx] inputs of a chunk, dense
+    Acc* gx;    // [chunk_rows][own panels][kColumns] projected inputs of a chunk
   };
 
   explicit Forward(const LayerArgs& args) : a(args) {
     panels = ceil_div(a.hidden, kWidth * kBlocks);
     wide = kWide * kWidth;
     out_panels = projected() ? ceil_div(a.output, wide) : 0;
-    ldh = ceil_div(max64(a.output, projected() ? out_panels * wide : panels * kBlocks * kWidth), 16) * 16 + 16;
-    ldu = panels * kBlocks * kWidth + 16;
-    ldx = ceil_div(a.input, 16) * 16 + 16;
+    ldh = ceil_div(max64(a.output, projected() ? out_panels * wide : panels * kBlocks * kWidth), 32) * 32 + 32;
+    ldu = ceil_div(panels * kBlocks * kWidth, 32) * 32 + 32;
+    ldx = ceil_div(a.input, 32) * 32 + 32;
     carry_ld = panels * kBlocks * kWidth;
-    int64_t most = 0;
-    for (int r = 0; r < a.plan.rows; ++r) most = max64(most, a.row_bounds[r + 1] - a.row_bounds[r]);
+    const int64_t most = Member::most_rows(a);
     const int64_t row_bytes = ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(Acc));
     const int64_t weight_bytes = a.input * row_bytes;
     const int64_t bytes = max64(kLeastChunk, min64(kMostChunk, weight_bytes / 4));
@@ -58,27 +57,26 @@ template <class C, class S> struct Forward {
     direct_x = a.rows <= kDirectBatch;
     direct_h = a.batch <= kDirectBatch &&
                (a.rows <= kDirectRows || C::kGates * a.hidden * a.output * int64_t(sizeof(Acc)) > kDirectBytes);
+    tiles_x = !direct_x && use_tiles<S>(chunk_rows);
+    tiles_h = !direct_h && use_tiles<S>(most);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
 
   Shared shared(Arena& m) const {
     Shared s;
-    s.w_ih = {nullptr, ceil_div(a.input, kPair<A>), kVectors};
-    s.w_hh = {nullptr, ceil_div(a.output, kPair<A>), kVectors};
-    s.w_hr = {nullptr, ceil_div(a.hidden, kPair<A>), kWide};
-    s.w_ih.data = m.take<A>(direct_x ? 0 : panels * s.w_ih.size());
-    s.w_hh.data = m.take<A>(direct_h ? 0 : panels * s.w_hh.size());
-    s.w_hr.data = m.take<A>(out_panels * s.w_hr.size());
+    s.w_ih = m.panels<S>(direct_x ? 0 : panels, a.input, kVectors, tiles_x);
+    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output, kVectors, tiles_h);
+    s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h);
     s.b_ih = m.take<Acc>(panels * kColumns);
     s.b_hh = m.take<Acc>(panels * kColumns);
-    for (A*& h : s.h) h = m.take<A>(a.batch * ldh);
-    s.full = m.take<A>(projected() ? a.batch * ldu : 0);
+    for (Rows<S>& h : s.h) h = m.rows<S>(a.batch, ldh, tiles_h);
+    s.full = m.rows<S>(projected() ? a.batch : 0, ldu, tiles_h);
     s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
     return s;
   }
   Own own(Arena& m) const {
     Own o;
-    o.x = m.take<A>(chunk_rows * ldx);
+    o.x = m.rows<S>(chunk_rows, ldx, tiles_x);
     o.gx = m.take<Acc>(chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
     return o;
   }
@@ -93,6 +91,7 @@ template <class C, class S> struct Forward {
   static void run(const LayerArgs& args, int tid) {
     Forward f(args);
     Member me(args, tid);
+    TileUse tiles(f.tiles_x || f.tiles_h);
     Arena m{args.scratch};
     Shared s;
     Own o;
@@ -114,27 +113,32 @@ template <class C, class S> struct Forward {
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     Range p = part(panels, me.in_direction(), me.direction_size());
-    if (!direct_x) pack_gates<C>((const S*)w.w_ih, a.hidden, a.input, s.w_ih, p.begin, p.end);
-    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, a.output, s.w_hh, p.begin, p.end);
+    if (!direct_x) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
+    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, p.begin, p.end);
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
     pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
     Range q = part(out_panels, me.in_direction(), me.direction_size());
     for (int64_t i = q.begin; i < q.end; ++i)
       for (int v = 0; v < kWide; ++v) {
         const int64_t j = i * wide + v * kWidth;
-        pack_transposed((const S*)w.w_hr + j * a.hidden, a.hidden, max64(0, min64(kWidth, a.output - j)), a.hidden,
-                        s.w_hr.panel(i) + v * kWidth * kPair<A>, wide);
+        pack_columns((const S*)w.w_hr + j * a.hidden, a.hidden, max64(0, min64(kWidth, a.output - j)), s.w_hr, i, v);
       }
   }
 
   // Initial state of the rows [begin, end), into the buffer that their first step, at time t, reads.
-  void enter(int d, const Shared& s, A* h, int64_t t, int64_t begin, int64_t end) const {
+  void enter(int d, const Shared& s, int buffer, int64_t t, int64_t begin, int64_t end) const {
     const S* h0 = (const S*)a.h0;
+    const OptionMath<S> math(a, d);
+    // What pads a row is multiplied too, by zeros: it must be finite.
+    s.h[1 - buffer].clear(begin, end, a.output);
+    if (projected()) s.full.clear(begin, end, a.hidden);
     const S* from = C::kCarry == Carry::kHidden ? h0 : (const S*)a.c0;
     const int64_t n = C::kCarry == Carry::kHidden ? a.output : a.hidden;
     for (int64_t b = begin; b < end; ++b) {
-      copy_row(h0 ? h0 + (d * a.batch + b) * a.output : nullptr, h + b * ldh, h0 ? a.output : 0, ldh);
-      if (a.options.any) OptionMath<S>(a, d).enter(h + b * ldh, t, b, a.output);
+      const S* row = h0 ? h0 + (d * a.batch + b) * a.output : nullptr;
+      copy_row(row, s.h[buffer], b, a.output);
+      for (int64_t j = 0; row && a.options.any && j < a.output; j += kWidth)
+        s.h[buffer].put(math.entering(load(row + j, a.output - j), t, b, j, a.output - j), b, j, a.output - j);
       if (C::kCarry == Carry::kNone) continue;
       for (int64_t j = 0; j < carry_ld; ++j)
         s.carry[b * carry_ld + j] = from && j < n ? Acc(widen(from[(d * a.batch + b) * n + j])) : Acc(0);
@@ -148,7 +152,7 @@ template <class C, class S> struct Forward {
     auto rows_of = [&](int64_t i) { return i < a.steps ? max64(b0, min64(b1, a.sizes[dir.time(i)])) : b1; };
     pack(me, d, s);
     int64_t entered = rows_of(0);
-    if (me.unit_part == 0) enter(d, s, s.h[0], dir.time(0), b0, entered);
+    if (me.unit_part == 0) enter(d, s, 0, dir.time(0), b0, entered);
     me.meet_direction();
     for (int64_t i0 = 0; i0 < a.steps; i0 += chunk) {
       const int64_t i1 = min64(i0 + chunk, a.steps);
@@ -164,7 +168,7 @@ template <class C, class S> struct Forward {
         row += n;
         const int64_t next = rows_of(i + 1);
         if (next > entered && i + 1 < a.steps) {
-          if (me.unit_part == 0) enter(d, s, s.h[(i + 1) & 1], dir.time(i + 1), entered, next);
+          if (me.unit_part == 0) enter(d, s, (i + 1) & 1, dir.time(i + 1), entered, next);
           entered = next;
         }
         me.meet_units();
@@ -180,7 +184,7 @@ template <class C, class S> struct Forward {
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t t = dir.time(i);
       for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b, ++rows)
-        copy_row(at<const S>(a.x, a, t, b), o.x + rows * ldx, a.input, s.w_ih.pairs * kPair<A>);
+        copy_row(at<const S>(a.x, a, t, b), o.x, rows, a.input);
     }
     const int64_t ld = (p.end - p.begin) * kColumns;
     auto keep = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
@@ -189,11 +193,10 @@ template <class C, class S> struct Forward {
           store(load(c + (r * kVectors + v) * kWidth),
                 o.gx + (r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
     };
-    const Left<A> x{o.x, ldx, kPair<A>};
     if (direct_x)
-      multiply_direct<C>(x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
+      multiply_direct<C>(o.x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
     else
-      multiply<kVectors>(x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
+      multiply<kVectors>(o.x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
   }
 
   // c with its share of the old one, and into c of every step.
@@ -217,8 +220,7 @@ template <class C, class S> struct Forward {
   // The i-th step of rows [b0, end): recurrent product and cell, in the panels p.
   void step(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range p, const Acc* gx) const {
     const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
-    A* next = projected() ? s.full : s.h[(i + 1) & 1];
-    const int64_t ldn = projected() ? ldu : ldh;
+    const Rows<S>& next = projected() ? s.full : s.h[(i + 1) & 1];
     const OptionMath<S> math(a, dir.d);
     auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
       for (int r = 0; r < n; ++r) {
@@ -241,8 +243,7 @@ template <class C, class S> struct Forward {
             if (C::kCarry == Carry::kHidden) carry = out;
           }
           if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
-          store(a.options.any && !projected() ? math.entering(out, dir.time(i + 1), b, j, lanes) : out,
-                next + b * ldn + j);
+          next.put(a.options.any && !projected() ? math.entering(out, dir.time(i + 1), b, j, lanes) : out, b, j);
           if (!projected())
             store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
           if (a.reserve && C::kSaved) {
@@ -252,7 +253,7 @@ template <class C, class S> struct Forward {
         }
       }
     };
-    const Left<A> h{s.h[i & 1] + b0 * ldh, ldh, kPair<A>};
+    const Rows<S> h = s.h[i & 1].at(b0);
     if (direct_h)
       multiply_direct<C>(h, end - b0, (const S*)a.weights[dir.d].w_hh, a.hidden, a.output, p, s.b_hh, cells);
     else
@@ -262,9 +263,9 @@ template <class C, class S> struct Forward {
   // h = W_hr full, in the output panels q.
   void output(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range q) const {
     const int64_t t = dir.time(i);
-    A* next = s.h[(i + 1) & 1];
     const OptionMath<S> math(a, dir.d);
-    multiply<kWide>(Left<A>{s.full + b0 * ldu, ldu, kPair<A>}, end - b0, s.w_hr, q.begin, q.end, (const Acc*)nullptr,
+    const Rows<S>& next = s.h[(i + 1) & 1];
+    multiply<kWide>(s.full.at(b0), end - b0, s.w_hr, q.begin, q.end, (const Acc*)nullptr,
                     [&](int64_t panel, int64_t r0, int n, const Acc* c) {
                       for (int r = 0; r < n; ++r)
                         for (int v = 0; v < kWide; ++v) {
@@ -272,8 +273,7 @@ template <class C, class S> struct Forward {
                           if (lanes <= 0) break;
                           V out = load(c + r * wide + v * kWidth);
                           if (a.options.any) zone_h(dir, math, t, b, j, V(0), out);
-                          store(a.options.any ? math.entering(out, dir.time(i + 1), b, j, lanes) : out,
-                                next + b * ldh + j);
+                          next.put(a.options.any ? math.entering(out, dir.time(i + 1), b, j, lanes) : out, b, j);
                           store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
                         }
                     });

@@ -1,9 +1,10 @@
 // The micro-kernel and the packing it works on. Every matrix product of a layer, forward and backward, is
 //   C[rows, panel] = A[rows, K] B[K, panel]
 // with B packed in panels of kVectors SIMD vectors, [panel][K][kVectors][width], so that a tile of C stays in registers
-// over the whole of K. For bf16 dot products K goes in pairs: [panel][K/2][kVectors][width][2].
+// over the whole of K. For bf16 dot products K goes in pairs: [panel][K/2][kVectors][width][2]. Where the CPU has a tile
+// unit, products of enough rows go there instead, on operands in the form of tiles.h.
 #pragma once
-#include "pack.h"
+#include "tiles.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -114,34 +115,96 @@ template <int kVectors, class A> __attribute__((noinline)) void tile_any(int row
   }
 }
 
-// Packed right-hand side: panels [first, last) of B, K padded to pairs, columns padded with zeros.
-template <class A> struct Panels {
-  A* data;
-  int64_t pairs;   // K / kPair, rounded up
+// A matrix whose rows are left-hand operands: [row][ld] of A for the vector unit, [row][part][ld] for the tile unit,
+// which reads whole tiles: kTilePad rows more than there are must be readable.
+constexpr int64_t kTilePad = 32;
+template <class S> struct Rows {
+  using A = typename OperandOf<S>::Type;
+  using V = Pack<typename AccOf<S>::Type>;
+  char* data;
+  int64_t ld;
+  bool tiles;
+  static int64_t element_bytes(bool tiles) { return tiles ? 2 : int64_t(sizeof(A)); }
+  SK_INL int64_t row() const { return tiles ? kParts<S> * ld : ld; }
+  SK_INL Rows at(int64_t r, int64_t column = 0) const {
+    return {data + (r * row() + column) * element_bytes(tiles), ld, tiles};
+  }
+  SK_INL A* plain(int64_t r) const { return (A*)data + r * ld; }
+  SK_INL void put(V x, int64_t r, int64_t j, int64_t lanes = V::kWidth) const {
+#ifdef SK_AMX
+    if constexpr (kParts<S> > 0) {
+      if (tiles) {
+        Bf16* to = (Bf16*)data + r * row() + j;
+        if (lanes >= V::kWidth) return store_parts<kParts<S>>(x, to, ld);
+        for (int p = 0; p < kParts<S>; ++p) {
+          U16s words = take_part<kParts<S>>(x);
+          memcpy(to + p * ld, &words, lanes * 2);
+        }
+        return;
+      }
+    }
+#endif
+    store(x, plain(r) + j, lanes);
+  }
+  // Zeroes the columns from j on of rows [begin, end).
+  void clear(int64_t begin, int64_t end, int64_t j) const {
+    for (int64_t r = begin; r < end; ++r)
+      for (int p = 0; p < (tiles ? kParts<S> : 1); ++p)
+        memset(data + (r * row() + p * ld + j) * element_bytes(tiles), 0, (ld - j) * element_bytes(tiles));
+  }
+};
+
+// Packed right-hand side [k, columns], columns padded with zeros to whole panels and k to pairs or to blocks of tiles.
+template <class S> struct Panels {
+  using A = typename OperandOf<S>::Type;
+  static constexpr int kWidth = Pack<typename AccOf<S>::Type>::kWidth;
+  char* data;
+  int64_t k;
   int vectors;
-  int64_t size() const { return pairs * vectors * Pack<typename AccOf<A>::Type>::kWidth * kPair<A>; }
-  A* panel(int64_t p) const { return data + p * size(); }
+  bool tiles;
+  SK_INL int64_t pairs() const { return (k + kPair<A> - 1) / kPair<A>; }
+  SK_INL int64_t vector_bytes() const {
+    return tiles ? tile_blocks(k) * kParts<S> * kTileSize * 2 : pairs() * kWidth * kPair<A> * int64_t(sizeof(A));
+  }
+  SK_INL int64_t bytes() const { return vectors * vector_bytes(); }  // of a panel
+  SK_INL A* panel(int64_t p) const { return (A*)(data + p * bytes()); }
+  SK_INL Bf16* tile_column(int64_t p, int v) const { return (Bf16*)(data + (p * vectors + v) * vector_bytes()); }
 };
 
 // C = A B over `rows` rows and the panels [first, last); done(panel, row, rows, tile) is called for each tile, whose
-// values stand dense in L1. The rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
-template <int kVectors, class A, class Done>
-SK_INL void multiply(Left<A> a, int64_t rows, const Panels<A>& b, int64_t first, int64_t last,
-                     const typename AccOf<A>::Type* init, const Done& done) {
-  using Acc = typename AccOf<A>::Type;
+// values stand dense in L1. The vector unit's rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
+template <int kVectors, class S, class Done>
+SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t first, int64_t last,
+                     const typename AccOf<S>::Type* init, const Done& done) {
+  using A = typename OperandOf<S>::Type;
+  using Acc = typename AccOf<S>::Type;
   constexpr int kColumns = kVectors * Pack<Acc>::kWidth;
   constexpr int kMost = tile_rows(kVectors);
   if (rows <= 0) return;
-  const int64_t tiles = (rows + kMost - 1) / kMost;
-  alignas(64) Acc c[kMost * kColumns];
-  for (int64_t p = first; p < last; ++p) {
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
-      TileArgs<A> t{{a.rows + r0 * a.row, a.row, a.step}, b.panel(p), b.pairs, init ? init + p * kColumns : nullptr, c, false};
-      tile_any<kVectors>(int(r1 - r0), t);
-      done(p, r0, int(r1 - r0), c);
+  const auto begin = [&](int64_t p) { return init ? init + p * kColumns : nullptr; };
+#ifdef SK_AMX
+  if constexpr (kParts<S> > 0) {
+    if (b.tiles) {
+      alignas(64) Acc c[kTilePad * kColumns];
+      for (int64_t p = first; p < last; ++p)
+        for (int64_t r = 0; r < rows; r += kTilePad) {
+          const int64_t n = rows - r < kTilePad ? rows - r : kTilePad;
+          const TileLeft left{(const Bf16*)a.data + r * a.row(), a.row(), a.ld};
+          tile_product<kParts<S>, kVectors>(left, n, b.tile_column(p, 0), tile_blocks(b.k), begin(p), c);
+          done(p, r, int(n), c);
+        }
+      return;
     }
   }
+#endif
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  alignas(64) Acc c[kMost * kColumns];
+  for (int64_t p = first; p < last; ++p)
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      tile_any<kVectors>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false});
+      done(p, r0, int(r1 - r0), c);
+    }
 }
 
 // ---- packing -----------------------------------------------------------------------------------------------------
@@ -153,10 +216,14 @@ SK_INL void convert(Bf16 x, float& y) { y = float_of(x); }
 SK_INL void convert(F16 x, float& y) { y = float_of(x); }
 SK_INL void convert(float x, Bf16& y) { y = bf16_of(x); }
 
-// Copies n elements and zeroes up to `padded`.
-template <class S, class A> SK_INL void copy_row(const S* from, A* to, int64_t n, int64_t padded) {
-  for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
-  for (int64_t i = n; i < padded; ++i) to[i] = A{};
+// Row r of `to` from n elements (none where `from` is null), the rest of it zeros.
+template <class S> SK_INL void copy_row(const S* from, const Rows<S>& to, int64_t r, int64_t n) {
+  using V = typename Rows<S>::V;
+  if (!from) n = 0;
+  int64_t i = 0;
+  for (; i + V::kWidth <= n; i += V::kWidth) to.put(load(from + i), r, i);
+  if (i < n) to.put(load(from + i, n - i), r, i, n - i);
+  to.clear(r, r + 1, n);
 }
 
 // One vector's worth of columns of panel `to` (already offset to that vector): column i is the row of `w` that starts
@@ -175,15 +242,55 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
         }
   }
 }
+// Vector v of panel p of `to`: column i is the row of w at w + i * ld, for i < n.
+template <class S> SK_INL void pack_columns(const S* w, int64_t ld, int64_t n, const Panels<S>& to, int64_t p, int v) {
+#ifdef SK_AMX
+  if constexpr (kParts<S> > 0)
+    if (to.tiles) return pack_tile_columns(w, ld, n, to.k, to.tile_column(p, v));
+#endif
+  using A = typename OperandOf<S>::Type;
+  pack_transposed(w, ld, n, to.k, to.panel(p) + v * to.kWidth * kPair<A>, int64_t(to.vectors) * to.kWidth);
+}
 
 // Row k of a panel from `columns` consecutive elements (n of them there, the rest zero).
 template <class S, class A>
 SK_INL void pack_row(const S* from, int64_t n, int64_t k, A* panel, int64_t columns) {
   constexpr int kP = kPair<A>;
   A* to = panel + (k / kP) * columns * kP + k % kP;
+  if (!from || n < 0) n = 0;
   if (n > columns) n = columns;
   for (int64_t i = 0; i < n; ++i) convert(from[i], to[i * kP]);
-  for (int64_t i = n < 0 ? 0 : n; i < columns; ++i) to[i * kP] = A{};
+  for (int64_t i = n; i < columns; ++i) to[i * kP] = A{};
+}
+// Rows [begin, end) of the panels [first, last) of `to` (begin even, end too unless it is the last row there is). at(k)
+// is row k, n numbers of which those of all panels are taken, or null: zeros. Rows up to `end` rounded up to what the
+// unit reads are zeros where end >= to.k.
+template <class S, class At>
+SK_INL void pack_rows(const Panels<S>& to, int64_t first, int64_t last, int64_t n, int64_t begin, int64_t end, const At& at) {
+  using A = typename OperandOf<S>::Type;
+  const int64_t columns = int64_t(to.vectors) * to.kWidth;
+  decltype(at(begin)) none = nullptr;
+#ifdef SK_AMX
+  if constexpr (kParts<S> > 0) {
+    if (to.tiles) {
+      const int64_t padded = end >= to.k ? tile_blocks(to.k) * kTileK : end;
+      for (int64_t k = begin; k < padded; k += 2) {
+        const auto even = k < end ? at(k) : none, odd = k + 1 < end ? at(k + 1) : none;
+        for (int64_t p = first; p < last; ++p)
+          for (int v = 0; v < to.vectors; ++v) {
+            const int64_t j = p * columns + v * to.kWidth;
+            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, to.tile_column(p, v));
+          }
+      }
+      return;
+    }
+  }
+#endif
+  const int64_t padded = end >= to.k ? to.pairs() * kPair<A> : end;
+  for (int64_t k = begin; k < padded; ++k) {
+    const auto row = k < end ? at(k) : none;
+    for (int64_t p = first; p < last; ++p) pack_row(row ? row + p * columns : row, n - p * columns, k, to.panel(p), columns);
+  }
 }
 
 }}}  // namespace seqkern::SK_NS

@@ -92,6 +92,8 @@ struct Options {
   double clip_value = 0;
   bool want_c = false;
   Optional c_all, dc_all;  // in forward c_all is an output
+  bool want_flow = false;
+  Optional flow;  // an output of backward
 };
 
 void set_options(LayerArgs& a, const Problem& p, const Tensor& x, Options& o) {
@@ -116,7 +118,12 @@ void set_options(LayerArgs& a, const Problem& p, const Tensor& x, Options& o) {
   to.clip_value = o.clip_value;
   to.c_all = data(o.c_all);
   to.dc_all = data(o.dc_all);
-  to.any = to.keep || to.h_mask || to.zone_h || to.zone_c || to.clip_value > 0 || to.c_all || to.dc_all;
+  if (o.want_flow) {
+    to.flow_panels = (std::max(p.hidden, p.output) + 7) / 8;  // no panel is narrower
+    o.flow = torch::stable::new_zeros(x, {2, p.directions, p.rows, to.flow_panels}, sums.dtype);
+    to.flow = data(o.flow);
+  }
+  to.any = to.flow || to.keep || to.h_mask || to.zone_h || to.zone_c || to.clip_value > 0 || to.c_all || to.dc_all;
 }
 
 std::vector<int64_t> c_all_sizes(const Problem& p) {
@@ -224,15 +231,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(Optional dy, Optional dh_n,
                       need_dw, none);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> option_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor> option_backward(
     Optional dy, Optional dh_n, Optional dc_n, Optional dc_all, Tensor x, Optional h0, Optional c0, Tensors weights,
     Optional batch_sizes, Optional keep, Optional h_mask, Optional zone_h, Optional zone_c, double clip_value, Tensor y,
-    Tensor c_all, Tensor reserve, std::string cell, bool bidirectional, bool need_dx, bool need_dw) {
+    Tensor c_all, Tensor reserve, std::string cell, bool bidirectional, bool need_dx, bool need_dw, bool want_flow) {
   Options o{keep, h_mask, zone_h, zone_c, clip_value};
   if (c_all.numel()) o.c_all = dense(c_all);
   o.dc_all = dc_all;
-  return run_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx,
-                      need_dw, o);
+  o.want_flow = want_flow;
+  auto [dx, dh0, dc0, dweights] = run_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell,
+                                               bidirectional, need_dx, need_dw, o);
+  return {dx, dh0, dc0, dweights, o.flow ? *o.flow : empty(x, {0})};
 }
 
 Tensor bernoulli(Tensor like, std::vector<int64_t> size, Tensor seed, int64_t stream, double p, double value) {

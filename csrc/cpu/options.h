@@ -28,11 +28,6 @@ template <class S> struct OptionMath {
   SK_INL V entering(V h, int64_t t, int64_t b, int64_t j, int64_t lanes) const {
     return t >= 0 && t < a.steps && b < a.sizes[t] ? masked(kept(h, t, b), b, j, lanes) : h;
   }
-  // `n` elements of h [row b], in place.
-  template <class A> void enter(A* h, int64_t t, int64_t b, int64_t n) const {
-    for (int64_t j = 0; j < n; j += kWidth) store(entering(load(h + j, n - j), t, b, j, n - j), h + j, n - j);
-  }
-
   // The share of the old state in the new one, at time t of row b.
   SK_INL V zone_h(int64_t t, int64_t b, int64_t j, int64_t lanes) const {
     return load((const S*)o.zone_h + (a.starts[t] + b) * o.zone_h_row + d * a.output + j, lanes);
@@ -44,6 +39,13 @@ template <class S> struct OptionMath {
 
   template <class T> SK_INL T* c_row(T* all, int64_t t, int64_t b) const {
     return all + ((a.starts[t] + b) * a.directions + d) * a.hidden;
+  }
+  // Adds a vector's squares to those of row b at time t: of d(loss)/dh (which = 0) or d(loss)/dc.
+  SK_INL void watch(int which, int64_t t, int64_t b, int64_t panel, V v) const {
+    if (!o.flow) return;
+    Acc sum = 0;
+    for (int i = 0; i < kWidth; ++i) sum += v.v[i] * v.v[i];
+    ((Acc*)o.flow)[((which * a.directions + d) * a.rows + a.starts[t] + b) * o.flow_panels + panel] += sum;
   }
   // d(loss)/d(state) on its way to the step before.
   SK_INL V clipped(V v) const {

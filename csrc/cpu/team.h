@@ -45,7 +45,21 @@ struct Arena {
     used += ceil_div(n * int64_t(sizeof(T)), 64) * 64;
     return p;
   }
+  template <class S> Rows<S> rows(int64_t n, int64_t ld, bool tiles) {
+    Rows<S> r{nullptr, ld, tiles};
+    r.data = take<char>(n ? (n + (tiles ? kTilePad : 0)) * r.row() * r.element_bytes(tiles) : 0);
+    return r;
+  }
+  template <class S> Panels<S> panels(int64_t count, int64_t k, int vectors, bool tiles) {
+    Panels<S> p{nullptr, k, vectors, tiles};
+    p.data = take<char>(count * p.bytes());
+    return p;
+  }
 };
+
+// From how many rows on a product goes to the tile unit. Six instructions of 16 rows make a float product there: below
+// about half of that the vector unit is as fast. bf16 takes one, and half the memory.
+template <class S> SK_INL bool use_tiles(int64_t rows) { return kParts<S> == 1 || (kParts<S> > 1 && rows >= 8); }
 
 // This thread's place in the plan.
 struct Member {
@@ -55,6 +69,11 @@ struct Member {
     unit_part = tid % a.plan.units;
     row_part = tid / a.plan.units % a.plan.rows;
     direction = tid / (a.plan.units * a.plan.rows);
+  }
+  static int64_t most_rows(const LayerArgs& a) {  // of any row part
+    int64_t most = 0;
+    for (int r = 0; r < a.plan.rows; ++r) most = max64(most, a.row_bounds[r + 1] - a.row_bounds[r]);
+    return most;
   }
   int64_t row_begin() const { return a.row_bounds[row_part]; }
   int64_t row_end() const { return a.row_bounds[row_part + 1]; }
@@ -97,15 +116,12 @@ template <class C> constexpr int kUnitBlocks = C::kGates == 1 ? kWide : 1;
 template <class C> constexpr int kCellVectors = C::kGates * kUnitBlocks<C>;
 
 // Weights [G*H, k] of the forward products, in a cell's panels [first, last).
-template <class C, class A, class S>
-void pack_gates(const S* w, int64_t hidden, int64_t k, const Panels<A>& to, int64_t first, int64_t last) {
-  constexpr int kWidth = Pack<typename AccOf<A>::Type>::kWidth;
+template <class C, class S> void pack_gates(const S* w, int64_t hidden, const Panels<S>& to, int64_t first, int64_t last) {
   for (int64_t p = first; p < last; ++p)
     for (int u = 0; u < kUnitBlocks<C>; ++u)
       for (int g = 0; g < C::kGates; ++g) {
-        const int64_t j = (p * kUnitBlocks<C> + u) * kWidth;
-        pack_transposed(w + (g * hidden + j) * k, k, max64(0, min64(kWidth, hidden - j)), k,
-                        to.panel(p) + (u * C::kGates + g) * kWidth * kPair<A>, kCellVectors<C> * kWidth);
+        const int64_t j = (p * kUnitBlocks<C> + u) * to.kWidth;
+        pack_columns(w + (g * hidden + j) * to.k, to.k, max64(0, min64(to.kWidth, hidden - j)), to, p, u * C::kGates + g);
       }
 }
 // Bias [G*H] in the same order; null gives zeros.

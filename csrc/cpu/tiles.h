@@ -1,0 +1,261 @@
+// Products on the tile unit (AMX): C[16, 16] += A[16, 32] B[32, 16] of bf16 numbers in one instruction, summed in float.
+//
+// A float is the exact sum of three bf16 numbers of eight bits each, its parts; float16 of two; bf16 is one. A product
+// of two floats takes the parts' products down to 2^-16 of the largest, six of the nine: what is left out is below one
+// rounding of the float product itself. An infinity times a part that is zero gives NaN: infinite inputs end as NaN.
+//
+// Left-hand operands stand in rows, the parts of a row one after the other (struct Rows, gemm.h). Right-hand ones stand
+// in tiles [vector of columns][block of 32 k][part][k / 2][column][2], each of 1 KiB and read front to back.
+#pragma once
+#include "pack.h"
+
+namespace seqkern { namespace SK_NS { namespace {
+
+template <class S> constexpr int kParts = 0;  // 0: no tile unit, or not for this type
+#ifdef SK_AMX
+template <> constexpr int kParts<float> = 3;
+template <> constexpr int kParts<F16> = 2;
+template <> constexpr int kParts<Bf16> = 1;
+#endif
+template <class S> struct PartOf { using Type = Bf16; };  // double has none, and its own type stands in
+template <> struct PartOf<double> { using Type = double; };
+constexpr int kTileRows = 16, kTileK = 32, kTileSize = kTileRows * kTileK;
+
+SK_INL int64_t tile_blocks(int64_t k) { return (k + kTileK - 1) / kTileK; }
+
+// ---- parts -----------------------------------------------------------------------------------------------------------
+
+// Takes the leading bf16 number off x, which keeps the rest; rounded only if it is to stand alone.
+template <int kCount> SK_INL U16s take_part(Pack<float>& x) {
+  U32s bits = (U32s)x.v;
+  if (kCount == 1) {
+    U16s rounded;
+    store(x, (Bf16*)&rounded);
+    return rounded;
+  }
+  x.v -= (Pack<float>::Vec)(bits & 0xffff0000u);
+  return __builtin_convertvector(bits >> 16, U16s);
+}
+// 16 lanes of x as parts at to, to + ld, ...
+template <int kCount> SK_INL void store_parts(Pack<float> x, Bf16* to, int64_t ld) {
+  for (int p = 0; p < kCount; ++p) *(U16s*)(to + p * ld) = take_part<kCount>(x);
+}
+template <int kCount> SK_INL Pack<float> load_parts(const Bf16* from, int64_t ld) {
+  Pack<float> x = load(from + (kCount - 1) * ld);
+  for (int p = kCount - 2; p >= 0; --p) x = x + load(from + p * ld);
+  return x;
+}
+
+#ifdef SK_AMX
+// Tiles 0 to 3 sum; the others hold operands.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// While one is alive this thread's tiles are set up.
+struct TileUse {
+  const bool used;
+  explicit TileUse(bool use) : used(use) {
+    TileShapes shapes;
+    if (used) asm volatile("ldtilecfg %0" : : "m"(shapes));
+  }
+  ~TileUse() {
+    if (used) asm volatile("tilerelease" : : : "memory");
+  }
+};
+template <int kTile> SK_INL void load_tile(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile> SK_INL void store_tile(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile> SK_INL void zero_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(kTile) : "memory"); }
+template <int kSum, int kLeft, int kRight> SK_INL void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight) : "memory");
+}
+
+struct TileLeft {
+  const Bf16* rows;
+  int64_t row, part;  // distance between rows, and between a row's parts
+};
+// The first value of a sum's 16 columns, or zero. A row distance of zero repeats it in every row.
+template <int kTile> SK_INL void begin_sum(const float* init) {
+  if (init) load_tile<kTile>(init, 0); else zero_tile<kTile>();
+}
+
+// Up to 32 rows by two vectors of columns: four sums from two tiles of each side.
+template <int kCount>
+SK_INL void sum_32_by_2(TileLeft a, const Bf16* b0, const Bf16* b1, int64_t blocks, const float* init, float* c,
+                        int64_t ldc) {
+  begin_sum<0>(init); begin_sum<2>(init);
+  begin_sum<1>(init ? init + 16 : nullptr); begin_sum<3>(init ? init + 16 : nullptr);
+  const int64_t row = a.row * 2;
+  for (int64_t k = 0; k < blocks; ++k, a.rows += kTileK, b0 += kCount * kTileSize, b1 += kCount * kTileSize)
+    for (int i = 0; i < kCount; ++i) {
+      load_tile<4>(a.rows + i * a.part, row);
+      load_tile<5>(a.rows + i * a.part + 16 * a.row, row);
+      for (int j = 0; i + j < kCount; ++j) {
+        load_tile<6>(b0 + j * kTileSize, 64);
+        load_tile<7>(b1 + j * kTileSize, 64);
+        multiply_tiles<0, 4, 6>(); multiply_tiles<1, 4, 7>();
+        multiply_tiles<2, 5, 6>(); multiply_tiles<3, 5, 7>();
+      }
+    }
+  store_tile<0>(c, ldc * 4); store_tile<1>(c + 16, ldc * 4);
+  store_tile<2>(c + 16 * ldc, ldc * 4); store_tile<3>(c + 16 * ldc + 16, ldc * 4);
+}
+// Up to 32 rows by one vector of columns.
+template <int kCount>
+SK_INL void sum_32_by_1(TileLeft a, const Bf16* b, int64_t blocks, const float* init, float* c, int64_t ldc) {
+  begin_sum<0>(init); begin_sum<2>(init);
+  const int64_t row = a.row * 2;
+  for (int64_t k = 0; k < blocks; ++k, a.rows += kTileK, b += kCount * kTileSize)
+    for (int i = 0; i < kCount; ++i) {
+      load_tile<4>(a.rows + i * a.part, row);
+      load_tile<5>(a.rows + i * a.part + 16 * a.row, row);
+      for (int j = 0; i + j < kCount; ++j) {
+        load_tile<6>(b + j * kTileSize, 64);
+        multiply_tiles<0, 4, 6>(); multiply_tiles<2, 5, 6>();
+      }
+    }
+  store_tile<0>(c, ldc * 4); store_tile<2>(c + 16 * ldc, ldc * 4);
+}
+// Up to 16 rows by kVectors of columns: each tile of B is read once and meets all parts of A.
+template <int kCount, int kSum> SK_INL void sum_16(const Bf16* b) {
+  load_tile<7>(b, 64);
+  multiply_tiles<kSum, 4, 7>();
+  if constexpr (kCount > 1) multiply_tiles<kSum, 5, 7>();
+  if constexpr (kCount > 2) multiply_tiles<kSum, 6, 7>();
+  if constexpr (kCount > 1) {
+    load_tile<7>(b + kTileSize, 64);
+    multiply_tiles<kSum, 4, 7>();
+    if constexpr (kCount > 2) multiply_tiles<kSum, 5, 7>();
+  }
+  if constexpr (kCount > 2) {
+    load_tile<7>(b + 2 * kTileSize, 64);
+    multiply_tiles<kSum, 4, 7>();
+  }
+}
+template <int kCount, int kVectors>
+SK_INL void sum_16_by(TileLeft a, const Bf16* b, int64_t blocks, const float* init, float* c, int64_t ldc) {
+  const int64_t column = blocks * kCount * kTileSize;
+  auto begin = [&](int v) { return init ? init + v * 16 : nullptr; };
+  begin_sum<0>(begin(0));
+  if constexpr (kVectors > 1) begin_sum<1>(begin(1));
+  if constexpr (kVectors > 2) begin_sum<2>(begin(2));
+  if constexpr (kVectors > 3) begin_sum<3>(begin(3));
+  for (int64_t k = 0; k < blocks; ++k, a.rows += kTileK, b += kCount * kTileSize) {
+    load_tile<4>(a.rows, a.row * 2);
+    if constexpr (kCount > 1) load_tile<5>(a.rows + a.part, a.row * 2);
+    if constexpr (kCount > 2) load_tile<6>(a.rows + 2 * a.part, a.row * 2);
+    sum_16<kCount, 0>(b);
+    if constexpr (kVectors > 1) sum_16<kCount, 1>(b + column);
+    if constexpr (kVectors > 2) sum_16<kCount, 2>(b + 2 * column);
+    if constexpr (kVectors > 3) sum_16<kCount, 3>(b + 3 * column);
+  }
+  store_tile<0>(c, ldc * 4);
+  if constexpr (kVectors > 1) store_tile<1>(c + 16, ldc * 4);
+  if constexpr (kVectors > 2) store_tile<2>(c + 32, ldc * 4);
+  if constexpr (kVectors > 3) store_tile<3>(c + 48, ldc * 4);
+}
+
+// c [32][kVectors * 16] = A B for up to 32 rows of A. All rows of a started tile are read: the memory must be there.
+template <int kCount, int kVectors>
+__attribute__((noinline)) void tile_product(TileLeft a, int64_t rows, const Bf16* b, int64_t blocks, const float* init,
+                                            float* c) {
+  constexpr int64_t ldc = kVectors * 16;
+  const int64_t column = blocks * kCount * kTileSize;
+  if (rows <= kTileRows) return sum_16_by<kCount, kVectors>(a, b, blocks, init, c, ldc);
+  for (int v = 0; v + 1 < kVectors; v += 2)
+    sum_32_by_2<kCount>(a, b + v * column, b + (v + 1) * column, blocks, init ? init + v * 16 : nullptr, c + v * 16, ldc);
+  if constexpr (kVectors % 2)
+    sum_32_by_1<kCount>(a, b + (kVectors - 1) * column, blocks, init ? init + (kVectors - 1) * 16 : nullptr,
+                        c + (kVectors - 1) * 16, ldc);
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------
+
+// 16 x 16 elements of 32 bits, transposed in registers.
+SK_INL void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+    }
+  // r[4 g + c]: in each of the four 128-bit lanes l, column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
+    t[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+// The leading parts of 32 consecutive numbers, as 32 words in order; `low` and `high` keep the rest.
+template <int kCount> SK_INL __m512i take_words(Pack<float>& low, Pack<float>& high) {
+  const U16s a = take_part<kCount>(low), b = take_part<kCount>(high);
+  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+}
+// n lanes of from, the rest zero; none where from is null.
+template <class S> SK_INL Pack<float> lanes(const S* from, int64_t n) {
+  return from && n > 0 ? load(from, n) : Pack<float>(0);
+}
+
+// A vector of columns of B, each column a row of w (n rows there, at distance ld) of k numbers.
+template <class S> void pack_tile_columns(const S* w, int64_t ld, int64_t n, int64_t k, Bf16* to) {
+  constexpr int kCount = kParts<S>;
+  for (int64_t block = 0; block < tile_blocks(k); ++block, to += kCount * kTileSize) {
+    __m512i words[kCount][16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const S* from = i < n ? w + i * ld + block * kTileK : nullptr;
+      const int64_t left = k - block * kTileK;
+      Pack<float> low = lanes(from, left), high = lanes(from ? from + 16 : nullptr, left - 16);
+      for (int p = 0; p < kCount; ++p) words[p][i] = take_words<kCount>(low, high);
+    }
+    for (int p = 0; p < kCount; ++p) {
+      transpose(words[p]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + p * kTileSize + i * kTileK, words[p][i]);
+    }
+  }
+}
+// Rows k and k + 1 (k even) of a vector of columns of B; null gives zeros.
+template <int kCount, class S> SK_INL void pack_tile_rows(const S* even, const S* odd, int64_t n, int64_t k, Bf16* column) {
+  Bf16* to = column + k / kTileK * kCount * kTileSize + k % kTileK * 16;
+  Pack<float> a = lanes(even, n), b = lanes(odd, n);
+  for (int p = 0; p < kCount; ++p) {
+    U32s first = __builtin_convertvector(take_part<kCount>(a), U32s), second = __builtin_convertvector(take_part<kCount>(b), U32s);
+    _mm512_storeu_si512(to + p * kTileSize, (__m512i)(first | second << 16));
+  }
+}
+// 16 columns of `from`, rows [0, n), as 16 rows of left-hand operands: part p of column i at to + i * row + p * part,
+// n rounded up to whole blocks with zeros.
+template <int kCount>
+void transpose_columns(const TileLeft& from, int64_t n, Bf16* to, int64_t row, int64_t part) {
+  for (int64_t block = 0; block < tile_blocks(n); ++block)
+    for (int p = 0; p < kCount; ++p) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t k = block * kTileK + 2 * i;
+        const Bf16* at = from.rows + k * from.row + p * from.part;
+        U32s even{}, odd{};
+        if (k < n) even = __builtin_convertvector(*(const U16s*)at, U32s);
+        if (k + 1 < n) odd = __builtin_convertvector(*(const U16s*)(at + from.row), U32s);
+        pairs[i] = (__m512i)(even | odd << 16);
+      }
+      transpose(pairs);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * row + p * part + block * kTileK, pairs[i]);
+    }
+}
+#else
+struct TileUse { explicit TileUse(bool) {} };
+#endif
+
+}}}  // namespace seqkern::SK_NS
