@@ -102,7 +102,7 @@ class Build(BuildExtension):
 cuda = with_cuda()
 extension = (CUDAExtension if cuda else CppExtension)(
     "seqkern._C",
-    ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/ops.cpp"] + (sources("csrc/cuda/*.c*") if cuda else []),
+    ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/scan_ops.cpp"] + (sources("csrc/cuda/*.c*") if cuda else []),
     define_macros=[("SK_BUILD_INFO", json.dumps(json.dumps(build_info(cuda))))],
     extra_compile_args={"cxx": CXX + STABLE, "nvcc": ["-O3", "-std=c++20"]},
     depends=sources("csrc/**/*.*"),

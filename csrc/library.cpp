@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
         " Tensor? zone_c, float clip_value, Tensor y, Tensor c_all, Tensor reserve, str cell, bool bidirectional,"
         " bool need_dx, bool need_dw, bool want_flow)"
         " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor flow)");
+  // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
+  m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
+  m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
   // A mask like `like` of the given size: `value` with probability p, else 0. Definition: seqkern/masks.py.
   m.def("_cpu_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build

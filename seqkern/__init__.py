@@ -20,12 +20,15 @@ from ._dynamo import allow_rnn_in_compile
 from .convert import accelerate, patched
 from .info import Plan, __version__, explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .scan import MinGRU, MinLSTM
 
 __all__ = [
     "GRU",
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "MinGRU",
+    "MinLSTM",
     "Plan",
     "RNN",
     "RNNCell",

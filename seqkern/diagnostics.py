@@ -104,11 +104,10 @@ class Flow:
         rate at which a gradient decays or grows where no unit is saturated; saturated units only make it smaller.
         With `path` the figure is saved there.
         """
-        import matplotlib
-
         if axis is None:
-            figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
-            axis = figure.subplots()
+            from matplotlib.figure import Figure
+
+            axis = Figure(figsize=(7, 4.2), layout="constrained").subplots()
         for i, r in enumerate(self.records):
             color = f"C{i % 10}"
             t = range(len(r.h))

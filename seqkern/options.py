@@ -146,7 +146,7 @@ def _grad_clip(cell: str, given) -> tuple[str, float] | None:
     return kind, float(value)
 
 
-def _keep(cell: str, resets: Tensor, x: Tensor) -> Tensor:
+def keep_mask(cell: str, resets: Tensor, x: Tensor) -> Tensor:
     """[T, B] in x's dtype (float32 for 16-bit ones): what the state is multiplied by before each step."""
     wanted = x.shape[:2]
     if resets.shape != wanted:
@@ -165,7 +165,7 @@ def _keep(cell: str, resets: Tensor, x: Tensor) -> Tensor:
     return resets.to(dtype)
 
 
-def _lengths(cell: str, lengths: Tensor, x: Tensor) -> Tensor:
+def check_lengths(cell: str, lengths: Tensor, x: Tensor) -> Tensor:
     """[B] int64 on x's device, checked; without waiting for a GPU."""
     steps, batch = x.shape[:2]
     if not isinstance(lengths, Tensor):
@@ -312,8 +312,8 @@ def run_stack(
         raise RuntimeError(f"{cell}: Expected sequence length to be larger than 0 in RNN, got x {list(x.shape)}")
     if batch_sizes is not None and (call.lengths is not None or call.resets is not None):
         raise ValueError(f"{cell}: lengths and resets are for padded input, got a packed sequence")
-    keep = None if call.resets is None else _keep(cell, call.resets, x).reshape(-1)
-    lengths = None if call.lengths is None else _lengths(cell, call.lengths, x)
+    keep = None if call.resets is None else keep_mask(cell, call.resets, x).reshape(-1)
+    lengths = None if call.lengths is None else check_lengths(cell, call.lengths, x)
     packing = None
     if lengths is not None and functional.has_kernel(x.device, x.dtype) and not functional.transformed():
         packing = Packing(lengths, x.size(0))

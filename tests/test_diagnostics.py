@@ -24,7 +24,11 @@ def hooked_norms(m, x, hx, loss, lengths=None, before=None):
         for which, v in (("h", h), ("c", c)):
             if v is not None and v.requires_grad:
                 steps = squares.setdefault((which, layer, d), torch.zeros(T, dtype=torch.float64))
-                v.register_hook(lambda g, steps=steps: steps.index_put_((torch.tensor(t),), g.double().square().sum()))
+
+                def take(grad, steps=steps):
+                    steps[t] = grad.double().square().sum()
+
+                v.register_hook(take)
         return h, c
 
     options = {} if before is None else {"before": before}

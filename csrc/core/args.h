@@ -90,6 +90,29 @@ struct Kernel {
   void (*run)(const LayerArgs&, int tid);
 };
 
+// Cells that are linear in their state (scan_cells.h).
+constexpr int kScanCells = 4;
+struct ScanArgs {
+  int64_t steps, batch, hidden;
+  const void* p;     // [T, B, G*H], dense as all of these
+  const void* h0;    // [B, H] or null
+  const void* keep;  // [T, B] in the type that sums are in, or null
+  void* h;           // [T, B, H]; an output of forward, an input of backward
+  const void* dh;    // [T, B, H]
+  void* dp;          // [T, B, G*H]
+};
+// A piece of time, [begin, end), for some of the vectors of units that the batch's rows are made of.
+struct ScanPart {
+  int64_t begin, end, first, last;
+  void* state;   // [last - first][width], in and out
+  void* factor;  // likewise: what the piece multiplies a state by
+  bool summary;  // only state and factor are wanted
+};
+struct ScanKernel {
+  void (*forward)(const ScanArgs&, const ScanPart&);
+  void (*backward)(const ScanArgs&, const ScanPart&);
+};
+
 struct RandomArgs {
   int64_t seed, stream, limit;  // limit: of 2^32
   double value;
@@ -104,6 +127,8 @@ struct CpuKernels {
   // Multiply-adds on registers alone, `n` rounds; returns the floating-point operations done. Times the peak.
   int64_t (*burst[kDtypes])(int64_t n);
   void (*bernoulli[kDtypes])(void* to, int64_t begin, int64_t end, const RandomArgs&);
+  ScanKernel scan[kScanCells][kDtypes];
+  int64_t scan_bytes;  // of a vector
 };
 
 }  // namespace seqkern
