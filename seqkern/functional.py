@@ -48,14 +48,14 @@ def wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) -> 
     return False
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast does to an argument: everything floating but float64."""
     return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
-def _cast_options(o: reference.Options, dtype: torch.dtype) -> reference.Options:
-    extra = [reference.Extra(*(_cast(t, dtype) for t in e)) for e in o.extra]
-    masks = {name: _cast(getattr(o, name), dtype) for name in ("h_mask", "zone_h", "zone_c")}
+def cast_options(o: reference.Options, dtype: torch.dtype) -> reference.Options:
+    extra = [reference.Extra(*(cast(t, dtype) for t in e)) for e in o.extra]
+    masks = {name: cast(getattr(o, name), dtype) for name in ("h_mask", "zone_h", "zone_c")}
     return dataclasses.replace(o, extra=extra, **masks)
 
 
@@ -64,8 +64,8 @@ def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options
     device = sequence[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        sequence, weights = [_cast(t, dtype) for t in sequence], [_cast(w, dtype) for w in weights]
-        options = _cast_options(options, dtype)
+        sequence, weights = [cast(t, dtype) for t in sequence], [cast(w, dtype) for w in weights]
+        options = cast_options(options, dtype)
         with torch.autocast(device, enabled=False):
             return reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options)
     x, h, c = sequence

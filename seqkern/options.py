@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from . import functional, masks, option_ops, reference
+from . import functional, masks, option_ops, recompute, reference
 from .packing import Packing
 from .reference import Extra, Options
 
@@ -245,51 +244,6 @@ def _layer(
     return functional.reference_layer(stack.cell, sequence, weights, batch_sizes, stack.bidirectional, o)
 
 
-def _cut(sequence, sizes: Sequence[int] | None, o: Options, first: int, last: int):
-    """The arguments of `_layer` for the steps [first, last), and where their rows are."""
-    x, h, c = sequence
-    if sizes is None:
-        rows = slice(first * x.size(1), last * x.size(1))
-        x, batch_sizes = x[first:last], None
-    else:
-        rows = slice(sum(sizes[:first]), sum(sizes[:last]))
-        x, batch_sizes = x[rows], torch.tensor(sizes[first:last])
-        h, c = (None if s is None else s[:, : sizes[first]] for s in (h, c))
-    masks = {n: getattr(o, n) for n in ("keep", "zone_h", "zone_c")}
-    masks = {n: m if m is None or (n != "keep" and m.size(0) == 1) else m[rows] for n, m in masks.items()}
-    if o.h_mask is not None:
-        masks["h_mask"] = o.h_mask[:, : x.size(1) if sizes is None else sizes[first]]
-    if o.lengths is not None:
-        masks["lengths"] = (o.lengths - first).clamp(0, last - first)
-    return (x, h, c), batch_sizes, replace(o, **masks)
-
-
-def _recomputed(stack: Stack, sequence, weights, batch_sizes, o: Options, all_states: bool) -> Sequence[Tensor]:
-    """`_layer` in chunks of settings.recompute steps, of which only the states between them are kept for backward.
-
-    Two directions meet a chunk at different times: a bidirectional layer is one chunk, none of whose gates are kept.
-    """
-    x, h, c = sequence
-    sizes = None if batch_sizes is None else batch_sizes.tolist()
-    steps, batch = (x.size(0), x.size(1)) if sizes is None else (len(sizes), sizes[0])
-    k = steps if stack.bidirectional else stack.settings.recompute
-    found = []
-    for first in range(0, steps, k):
-        last = min(first + k, steps)
-        part, part_sizes, part_options = _cut((x, h, c), sizes, o, first, last)
-        y, h_n, c_n, *c_all = checkpoint(
-            _layer, stack, part, weights, part_sizes, part_options, all_states,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        found.append((y, *c_all))
-        n = h_n.size(1)
-        h = h_n if n == batch else torch.cat([h_n, h[:, n:]], 1)
-        if stack.cell == "lstm":
-            c = c_n if n == batch else torch.cat([c_n, c[:, n:]], 1)
-    y, *c_all = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return y, h, c_n if stack.cell != "lstm" else c, *c_all
-
-
 def run_stack(
     stack: Stack,
     sequence: Sequence[Tensor | None],
@@ -315,7 +269,8 @@ def run_stack(
     keep = None if call.resets is None else keep_mask(cell, call.resets, x).reshape(-1)
     lengths = None if call.lengths is None else check_lengths(cell, call.lengths, x)
     packing = None
-    if lengths is not None and functional.has_kernel(x.device, x.dtype) and not functional.transformed():
+    on_cpu = x.device.type == "cpu" and functional.has_kernel(x.device, x.dtype)
+    if lengths is not None and on_cpu and not functional.transformed():
         packing = Packing(lengths, x.size(0))
         lengths = None
         if packing.whole:
@@ -364,8 +319,11 @@ def _run_layers(stack: Stack, sequence, weights, batch_sizes, call: Call, keep, 
             zone_c=random.zone(x, layer, _ZONE_C, directions * hidden),
             extra=tuple(stack.extra[layer * directions : (layer + 1) * directions]),
         )
-        run = _recomputed if settings.recompute and torch.is_grad_enabled() else _layer
-        x, h_n, c_n, *c_all = run(stack, (x, h_in[layer], c_in[layer]), w, batch_sizes, o, call.all_states)
+        arguments = (stack, (x, h_in[layer], c_in[layer]), w, batch_sizes, o, call.all_states)
+        if settings.recompute and torch.is_grad_enabled():
+            x, h_n, c_n, *c_all = recompute.in_pieces(_layer, *arguments)
+        else:
+            x, h_n, c_n, *c_all = _layer(*arguments)
         h_out.append(h_n)
         c_out.append(c_n)
         if call.all_states:

@@ -61,6 +61,23 @@ def test_packed_and_second_derivatives(kind):
     torch.testing.assert_close(second[0], second[1])
 
 
+@each_layer
+def test_autocast_and_16_bits(kind):
+    m, plain = twins(kind, 3, dtype=torch.float32)
+    x = torch.randn(T, B, I, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = m(x)[0], plain(x)[0]
+    assert got.dtype == torch.bfloat16
+    # The state between pieces is rounded to 16 bits.
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.01)
+    grads = [torch.autograd.grad(y.float().sum(), [x, *p.parameters()]) for y, p in ((got, m), (want, plain))]
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+    m, plain = m.bfloat16(), plain.bfloat16()
+    x = x.detach().bfloat16().requires_grad_()
+    grads = [torch.autograd.grad(p(x)[0].float().sum(), [x, *p.parameters()]) for p in (m, plain)]
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+
+
 class Kept:
     """Bytes that autograd keeps for backward, each storage once, parameters and inputs left out."""
 

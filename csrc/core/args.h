@@ -38,6 +38,7 @@ struct Plan {
 struct Barrier {
   alignas(64) int arrived;
   alignas(64) int phase;
+  int sleepers;
 };
 
 // What a layer does beyond torch.nn's (seqkern/reference.py, Options); null or 0 where it does not.
@@ -120,6 +121,7 @@ struct RandomArgs {
 
 struct CpuKernels {
   const char* isa;
+  int64_t min_rows[kDtypes];  // of a part of the batch: fewer leave the tiles of the products half empty
   Kernel forward[kCells][kDtypes];
   Kernel backward[kCells][kDtypes];
   void (*math_f32)(const char* name, const float* x, float* y, int64_t n);

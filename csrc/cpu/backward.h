@@ -478,7 +478,7 @@ template <class C, class S> struct Backward {
       if constexpr (kParts<S> > 0) {
         if (tiles_sum)
           tile_product<kParts<S>, kWide>({(const Bf16*)o.columns.data, o.columns.row(), left_ld}, rows,
-                                         b.tile_column(q, 0), tile_blocks(b.k), nullptr, c);
+                                         b.tile_panel(q), nullptr, c, [] {});
       }
 #endif
       if (!tiles_sum)

@@ -16,7 +16,9 @@ template <class C, class S> struct Forward {
   static constexpr int kColumns = kVectors * kWidth;
   // Projected inputs of a chunk, a thread: within a usual L2, or more where W_ih itself is far larger, so that it is
   // read from the outer cache for many rows at a time.
-  static constexpr int64_t kLeastChunk = 512 << 10, kMostChunk = 4 << 20;
+  static constexpr int64_t kLeastChunk = (kParts<S> ? 256 : 512) << 10, kMostChunk = 4 << 20;
+  // Inputs that are copied at a time: little beside the weights in L2, or again more where those do not fit.
+  static constexpr int64_t kLeastPass = 64 << 10;
 
   // Packing takes about a cycle an element. Reading weights where they lie costs, a row and element, about a twentieth
   // more; nothing where they come from an outer cache either way.
@@ -24,7 +26,7 @@ template <class C, class S> struct Forward {
 
   const LayerArgs& a;
   bool direct_x, direct_h, tiles_x, tiles_h;
-  int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows;
+  int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows, pass_rows;
 
   // Shared by the threads of a direction.
   struct Shared {
@@ -36,7 +38,7 @@ template <class C, class S> struct Forward {
   };
   // A thread's own.
   struct Own {
-    Rows<S> x;  // [chunk_rows][ldx] inputs of a chunk, dense
+    Rows<S> x;  // [pass_rows][ldx] inputs of part of a chunk, dense
     Acc* gx;    // [chunk_rows][own panels][kColumns] projected inputs of a chunk
   };
 
@@ -59,14 +61,17 @@ template <class C, class S> struct Forward {
                (a.rows <= kDirectRows || C::kGates * a.hidden * a.output * int64_t(sizeof(Acc)) > kDirectBytes);
     tiles_x = !direct_x && use_tiles<S>(chunk_rows);
     tiles_h = !direct_h && use_tiles<S>(most);
+    const Rows<S> x{nullptr, ldx, tiles_x};
+    pass_rows = bytes > kLeastChunk ? chunk_rows : kLeastPass / (x.row() * x.element_bytes(tiles_x));
+    pass_rows = min64(chunk_rows, max64(pass_rows / kTilePad, 1) * kTilePad);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
 
   Shared shared(Arena& m) const {
     Shared s;
-    s.w_ih = m.panels<S>(direct_x ? 0 : panels, a.input, kVectors, tiles_x);
-    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output, kVectors, tiles_h);
-    s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h);
+    s.w_ih = m.panels<S>(direct_x ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
+    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output, kVectors, tiles_h, a.plan.units);
+    s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h, a.plan.units);
     s.b_ih = m.take<Acc>(panels * kColumns);
     s.b_hh = m.take<Acc>(panels * kColumns);
     for (Rows<S>& h : s.h) h = m.rows<S>(a.batch, ldh, tiles_h);
@@ -76,7 +81,7 @@ template <class C, class S> struct Forward {
   }
   Own own(Arena& m) const {
     Own o;
-    o.x = m.rows<S>(chunk_rows, ldx, tiles_x);
+    o.x = m.rows<S>(pass_rows, ldx, tiles_x);
     o.gx = m.take<Acc>(chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
     return o;
   }
@@ -180,23 +185,30 @@ template <class C, class S> struct Forward {
   // gx = W_ih x + b_ih for the rows of this thread in the steps [i0, i1), in the panels p.
   void project(const Direction& dir, const Own& o, const Shared& s, int64_t i0, int64_t i1, int64_t b0, int64_t b1,
                Range p) const {
-    int64_t rows = 0;
+    const int64_t ld = (p.end - p.begin) * kColumns;
+    int64_t done = 0, rows = 0;  // of the chunk, and copied since
+    const auto pass = [&] {
+      auto keep = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+        for (int r = 0; r < n; ++r)
+          for (int v = 0; v < kVectors; ++v)
+            store(load(c + (r * kVectors + v) * kWidth),
+                  o.gx + (done + r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
+      };
+      if (direct_x)
+        multiply_direct<C>(o.x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
+      else
+        multiply<kVectors>(o.x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
+      done += rows;
+      rows = 0;
+    };
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t t = dir.time(i);
-      for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b, ++rows)
+      for (int64_t b = b0; b < min64(b1, a.sizes[t]); ++b) {
         copy_row(at<const S>(a.x, a, t, b), o.x, rows, a.input);
+        if (++rows == pass_rows) pass();
+      }
     }
-    const int64_t ld = (p.end - p.begin) * kColumns;
-    auto keep = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
-      for (int r = 0; r < n; ++r)
-        for (int v = 0; v < kVectors; ++v)
-          store(load(c + (r * kVectors + v) * kWidth),
-                o.gx + (r0 + r) * ld + (panel - p.begin) * kColumns + v * kWidth);
-    };
-    if (direct_x)
-      multiply_direct<C>(o.x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
-    else
-      multiply<kVectors>(o.x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
+    pass();
   }
 
   // c with its share of the old one, and into c of every step.

@@ -162,19 +162,22 @@ template <class S> struct Panels {
   int64_t k;
   int vectors;
   bool tiles;
+  int64_t stretch;  // of the tile unit's blocks
   SK_INL int64_t pairs() const { return (k + kPair<A> - 1) / kPair<A>; }
   SK_INL int64_t vector_bytes() const {
     return tiles ? tile_blocks(k) * kParts<S> * kTileSize * 2 : pairs() * kWidth * kPair<A> * int64_t(sizeof(A));
   }
   SK_INL int64_t bytes() const { return vectors * vector_bytes(); }  // of a panel
   SK_INL A* panel(int64_t p) const { return (A*)(data + p * bytes()); }
-  SK_INL Bf16* tile_column(int64_t p, int v) const { return (Bf16*)(data + (p * vectors + v) * vector_bytes()); }
+#ifdef SK_AMX
+  SK_INL TilePanel<kParts<S>> tile_panel(int64_t p) const { return {(Bf16*)(data + p * bytes()), tile_blocks(k), stretch, vectors}; }
+#endif
 };
 
-// C = A B over `rows` rows and the panels [first, last); done(panel, row, rows, tile) is called for each tile, whose
+// C = A B over `rows` rows and the panels [first, last_panel); done(panel, row, rows, tile) is called for each tile, whose
 // values stand dense in L1. The vector unit's rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
 template <int kVectors, class S, class Done>
-SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t first, int64_t last,
+SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t first, int64_t last_panel,
                      const typename AccOf<S>::Type* init, const Done& done) {
   using A = typename OperandOf<S>::Type;
   using Acc = typename AccOf<S>::Type;
@@ -185,21 +188,31 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
 #ifdef SK_AMX
   if constexpr (kParts<S> > 0) {
     if (b.tiles) {
-      alignas(64) Acc c[kTilePad * kColumns];
-      for (int64_t p = first; p < last; ++p)
-        for (int64_t r = 0; r < rows; r += kTilePad) {
+      // While a tile is multiplied, done() runs over the rows of the tile before.
+      alignas(64) Acc c[2][kTilePad * kColumns];
+      struct { int64_t panel, row, at, rows, each; const Acc* c; } last{0, 0, 0, 0, 0, nullptr};
+      const auto aside = [&] {
+        for (int64_t i = 0; i < last.each && last.at < last.rows; ++i, ++last.at)
+          done(last.panel, last.row + last.at, 1, last.c + last.at * kColumns);
+      };
+      int turn = 0;
+      for (int64_t p = first; p < last_panel; ++p)
+        for (int64_t r = 0; r < rows; r += kTilePad, turn ^= 1) {
           const int64_t n = rows - r < kTilePad ? rows - r : kTilePad;
           const TileLeft left{(const Bf16*)a.data + r * a.row(), a.row(), a.ld};
-          tile_product<kParts<S>, kVectors>(left, n, b.tile_column(p, 0), tile_blocks(b.k), begin(p), c);
-          done(p, r, int(n), c);
+          const int64_t pauses = tile_pauses<kParts<S>>(n, tile_blocks(b.k));
+          last.each = (last.rows + pauses - 1) / pauses;
+          tile_product<kParts<S>, kVectors>(left, n, b.tile_panel(p), begin(p), c[turn], aside);
+          last = {p, r, 0, n, n, c[turn]};
         }
+      aside();
       return;
     }
   }
 #endif
   const int64_t tiles = (rows + kMost - 1) / kMost;
   alignas(64) Acc c[kMost * kColumns];
-  for (int64_t p = first; p < last; ++p)
+  for (int64_t p = first; p < last_panel; ++p)
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
       tile_any<kVectors>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false});
@@ -246,7 +259,7 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
 template <class S> SK_INL void pack_columns(const S* w, int64_t ld, int64_t n, const Panels<S>& to, int64_t p, int v) {
 #ifdef SK_AMX
   if constexpr (kParts<S> > 0)
-    if (to.tiles) return pack_tile_columns(w, ld, n, to.k, to.tile_column(p, v));
+    if (to.tiles) return pack_tile_columns(w, ld, n, to.k, v, to.tile_panel(p));
 #endif
   using A = typename OperandOf<S>::Type;
   pack_transposed(w, ld, n, to.k, to.panel(p) + v * to.kWidth * kPair<A>, int64_t(to.vectors) * to.kWidth);
@@ -279,7 +292,8 @@ SK_INL void pack_rows(const Panels<S>& to, int64_t first, int64_t last, int64_t 
         for (int64_t p = first; p < last; ++p)
           for (int v = 0; v < to.vectors; ++v) {
             const int64_t j = p * columns + v * to.kWidth;
-            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, to.tile_column(p, v));
+            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, v,
+                                      to.tile_panel(p));
           }
       }
       return;

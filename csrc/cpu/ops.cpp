@@ -8,6 +8,9 @@
 #include <cmath>
 #include <thread>
 #include <tuple>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../core/check.h"
 #include "dispatch.h"
@@ -24,6 +27,18 @@ Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
 Optional dense(const Optional& t) { return t ? Optional(dense(*t)) : std::nullopt; }
 void* data(const Tensor& t) { return t.mutable_data_ptr(); }
 void* data(const Optional& t) { return t ? data(*t) : nullptr; }
+
+// Large memory that is about to be written for the first time: in pages of 2 MiB the faults and the translations of its
+// addresses cost a fraction.
+const Tensor& in_large_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (uintptr_t(data(t)) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(data(t)) + uintptr_t(t.numel() * t.element_size())) / kPage * kPage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
 
 // Calls work(tid) once for each of `count` threads, all at the same time, as threads that meet need it. False, with
 // nothing done, where the pool would have run several on one thread (inside another parallel region, after a fork).
@@ -45,15 +60,16 @@ template <class Work> bool run_together(int count, const Work& work) {
 }
 
 void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor& like) {
+  const int64_t min_rows = cpu_kernels().min_rows[int(kernel_dtype(p.cell.name, like.scalar_type()))];
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
     a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions,
-                       like.scalar_type() == ScalarType::Double ? 8 : 4, threads);
+                       int64_t(like.element_size() < 4 ? 4 : like.element_size()), min_rows, threads);
     std::vector<int64_t> bounds = cut_rows(p.sizes, p.batch, p.rows, a.plan.rows);
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
     a.row_bounds = bounds.data();
     a.barriers = barriers.data();
     Tensor scratch = torch::stable::new_empty(like, {kernel.scratch(a)}, ScalarType::Byte);
-    a.scratch = (char*)data(scratch);
+    a.scratch = (char*)data(in_large_pages(scratch));
     if (run_together(a.plan.threads(), [&](int tid) { kernel.run(a, tid); })) return;
   }
 }
@@ -142,6 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(Tensor x, Optional h0, Op
   Tensor y = empty(x, p.y_sizes()), h_n = empty(x, {p.directions, p.batch, p.output});
   Tensor c_n = lstm ? empty(x, {p.directions, p.batch, p.hidden}) : empty(x, {0});
   Tensor reserve = empty(x, {save ? reserve_size(p) : 0});
+  in_large_pages(y);
+  in_large_pages(reserve);
   if (lstm && (o.want_c || (o.zone_c && save))) o.c_all = empty(x, c_all_sizes(p));
   if (p.rows == 0) return {y, h_n, c_n, reserve};
   x = with_dense_rows(x);
@@ -200,6 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> run_backward(Optional dy, Optional d
   for (const Tensor& w : weights)
     if (need_dw) dweights.push_back(p.rows ? empty(w, sizes_of(w)) : zeros(w, sizes_of(w)));
   if (p.rows == 0) return {dx, dh0, dc0, dweights};
+  in_large_pages(dx);
+  for (const Tensor& w : dweights) in_large_pages(w);
   x = with_dense_rows(x);
   h0 = dense(h0);
   c0 = dense(c0);
@@ -293,6 +313,7 @@ double peak(std::string dtype, int64_t threads) {
 std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, std::string cell,
                           bool bidirectional) {
   const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1, 4,
+                           cpu_kernels().min_rows[int(Dtype::kF32)],
                            int(torch::stable::get_num_threads()));
   return {p.directions, p.rows, p.units};
 }

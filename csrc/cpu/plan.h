@@ -9,13 +9,12 @@ namespace seqkern {
 // Multiply-adds below which a second thread costs more than it brings: for the whole call (waking a thread takes a few
 // microseconds), and for one thread's share of a step where the threads meet after every step (about 0.1 microseconds).
 constexpr int64_t kMinWork = 300'000, kMinStepWork = 16'000;
-// A part of the batch with fewer rows than this does not fill the micro-kernel.
-constexpr int64_t kMinRows = 4;
 // Packed recurrent weights up to this stay in a core's L2 beside what else a step needs.
 constexpr int64_t kMaxWeightBytes = 3 << 19;
 
+// min_rows: a part of the batch with fewer does not fill the kernel's tiles (CpuKernels).
 inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, int64_t gates,
-                      int64_t directions, int64_t bytes, int threads) {
+                      int64_t directions, int64_t bytes, int64_t min_rows, int threads) {
   Plan plan{1, 1, 1};
   const int64_t step = gates * hidden * output * batch;
   const int64_t work = steps * directions * (step + gates * hidden * input * batch);
@@ -27,7 +26,7 @@ inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidde
   }
   // Parts of the batch need not meet, but each reads all weights at every step; parts of the units each read their own.
   // Where the recurrent weights are larger than a core's share of L2, reading them is what takes the time.
-  const int64_t by_rows = std::max<int64_t>(1, std::min<int64_t>(threads, batch / kMinRows));
+  const int64_t by_rows = std::max<int64_t>(1, std::min<int64_t>(threads, batch / min_rows));
   const int64_t parts = std::min<int64_t>(hidden / 64, threads);
   const auto units_for = [&](int64_t rows) {
     return std::max<int64_t>(1, std::min({threads / rows, parts, step / rows / kMinStepWork}));

@@ -1,7 +1,13 @@
 // What forward and backward share: which part of a call is this thread's, where the rows of a step lie, how threads
 // meet, and how scratch memory is handed out.
 #pragma once
+#include <limits.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "../core/args.h"
 #include "gemm.h"
 
@@ -11,25 +17,39 @@ SK_INL int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SK_INL int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 SK_INL int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Waits for all `count` threads. Spinning is bounded: with another busy process on the machine a thread that is waited
-// for may not be running at all, and then the rest of the time slice is better given away.
+SK_INL void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits for all `count` threads: about 0.1 ms of spinning, far more than threads that all run need, and then asleep. With
+// another busy process on the machine the thread that is waited for may not be running at all. A sleeper, unlike one that
+// yields, is put back on its core as soon as it is woken.
 inline void meet(Barrier& b, int count) {
   if (count == 1) return;
   const int phase = __atomic_load_n(&b.phase, __ATOMIC_RELAXED);
   if (__atomic_add_fetch(&b.arrived, 1, __ATOMIC_ACQ_REL) == count) {
     __atomic_store_n(&b.arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&b.phase, phase + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&b.phase, phase + 1, __ATOMIC_SEQ_CST);
+#if defined(__linux__)
+    if (__atomic_load_n(&b.sleepers, __ATOMIC_SEQ_CST)) syscall(SYS_futex, &b.phase, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0);
+#endif
     return;
   }
-  for (int spins = 0; __atomic_load_n(&b.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins < 4000) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    } else {
-      sched_yield();
-    }
+  for (int spins = 0; spins < 4000; ++spins) {
+    if (__atomic_load_n(&b.phase, __ATOMIC_ACQUIRE) != phase) return;
+    relax();
   }
+  __atomic_add_fetch(&b.sleepers, 1, __ATOMIC_SEQ_CST);
+  while (__atomic_load_n(&b.phase, __ATOMIC_SEQ_CST) == phase) {
+#if defined(__linux__)
+    syscall(SYS_futex, &b.phase, FUTEX_WAIT_PRIVATE, phase, 0, 0, 0);  // returns at once if the phase has changed
+#else
+    sched_yield();
+#endif
+  }
+  __atomic_sub_fetch(&b.sleepers, 1, __ATOMIC_RELAXED);
 }
 
 // Part i of n of [0, size).
@@ -50,8 +70,11 @@ struct Arena {
     r.data = take<char>(n ? (n + (tiles ? kTilePad : 0)) * r.row() * r.element_bytes(tiles) : 0);
     return r;
   }
-  template <class S> Panels<S> panels(int64_t count, int64_t k, int vectors, bool tiles) {
-    Panels<S> p{nullptr, k, vectors, tiles};
+  // `readers`: threads that each read their part of it again and again.
+  template <class S> Panels<S> panels(int64_t count, int64_t k, int vectors, bool tiles, int readers = 1) {
+    constexpr int64_t kNear = 3 << 19;  // what stays in a core's L2
+    Panels<S> p{nullptr, k, vectors, tiles, max64(1, tile_blocks(k))};
+    if (kParts<S> > 0 && count * p.bytes() <= kNear * readers) p.stretch = 12 / max64(1, kParts<S>);
     p.data = take<char>(count * p.bytes());
     return p;
   }
