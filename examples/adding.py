@@ -6,8 +6,8 @@ A sequence has two rows: numbers from [0, 1), and marks, a 1 at two steps and 0 
 The answer, wanted after the last step, is the sum of the two marked numbers (Hochreiter and Schmidhuber 1997). Who
 always answers 1 has a mean squared error of 1/6; below that, a model has carried something over time.
 
-For each cell and length this trains a model, and shows with `seqkern.diagnostics.gradient_flow` the gradient of the loss
-with respect to the state at every step, before training and after.
+For each cell and length this trains a model, and shows with `seqkern.diagnostics.gradient_flow` the gradient of the
+loss with respect to the state at every step, before training and after.
 
 Needs: pip install matplotlib (for --plot)
 """

@@ -4,9 +4,9 @@
 
 Sixteen carts run side by side. A stretch of T steps of all of them, x [T, B, I], is one training batch, in which some
 episodes end and others begin: at those steps the state must be cleared, and no gradient may pass. torch.nn's layers
-cannot do that inside a call, so that such code steps through time in Python (`StepByStep`). seqkern takes `resets` [T, B]
-and the whole stretch in one call (`InOneCall`). Both have the same weights; from the same seed both see the same
-episodes.
+cannot do that inside a call, so that such code steps through time in Python (`StepByStep`). seqkern takes `resets`
+[T, B] and the whole stretch in one call (`InOneCall`). Both have the same weights; from the same seed both see the
+same episodes.
 
 The training is PPO (Schulman et al. 2017) with a GRU before the policy and the value; the observation is CartPole's
 position and angle, without the two speeds, which only memory can supply.

@@ -36,7 +36,8 @@ class Record:
 
     @property
     def title(self) -> str:
-        return f"{self.name or 'layer'}, layer {self.layer}" + ", reverse" * self.direction + f", call {self.call}" * (self.call > 0)
+        more = ", reverse" * self.direction + f", call {self.call}" * (self.call > 0)
+        return f"{self.name or 'layer'}, layer {self.layer}{more}"
 
     def backward(self, which: str = "h") -> Tensor:
         """The norms in backward's order: the first is that of the step that the direction takes last."""
@@ -67,7 +68,8 @@ class Record:
         last = norms[int(norms.nonzero()[0])]  # the step nearest to the loss that has a gradient
         high = (norms > last / FAR).nonzero()
         if len(high):
-            return f"the gradient explodes: {1 / FAR:g} times as large at step {self._time(int(high[0]))} as near the loss"
+            t = self._time(int(high[0]))
+            return f"the gradient explodes: {1 / FAR:g} times as large at step {t} as near the loss"
         low = norms < FAR * norms.max()
         tail = steps - int(low.flip(0).logical_not().nonzero()[0]) if low[-1] else steps
         if tail < steps:

@@ -2,8 +2,8 @@
 on every device, in every split over threads, and when backward asks for it again.
 
 The bits are two rounds of a 32-bit integer hash (xor of a shift, times an odd number, twice; Wellons' lowbias32
-constants), the first over the low half of n, the second over the high half, each with a key that is a hash of the seed's
-halves and the stream.
+constants), the first over the low half of n, the second over the high half, each with a key that is a hash of the
+seed's halves and the stream.
 """
 
 from collections.abc import Sequence

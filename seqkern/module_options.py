@@ -23,7 +23,8 @@ DOC = """
         gate_activation: (LSTM, GRU) "sigmoid" or "hard_sigmoid", clamp(v / 6 + 1/2, 0, 1). Default: "sigmoid".
         reset_after: (GRU) False: the reset gate acts before the recurrent product. Default: True.
         forget_bias: (LSTM) the initial bias of the forget gate, b_ih + b_hh. Default: None, torch's uniform one.
-        recurrent_init: "orthogonal" makes each gate's block of weight_hh orthogonal. Default: None, torch's uniform one.
+        recurrent_init: "orthogonal" makes each gate's block of weight_hh orthogonal. Default: None, torch's uniform
+            one.
         recompute: keeps the state of every k-th step alone and computes the gates again in backward. A bidirectional
             layer keeps no gates at all. Default: 0, off.
 

@@ -59,14 +59,14 @@ def _(x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value,
 
 
 def _setup(ctx, inputs, output):
-    x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, ctx.clip, ctx.cell, ctx.bidirectional, want_c, _ = inputs
+    x, h0, c0, weights, batch_sizes, *masks, ctx.clip, ctx.cell, ctx.bidirectional, want_c, _ = inputs
     y, _, c_n, c_all, reserve = output
     ctx.count = len(weights)
     ctx.watcher = watch.claim()
     lstm = ctx.cell == "lstm"
     ctx.mark_non_differentiable(reserve, *([] if lstm else [c_n]), *([] if lstm and want_c else [c_all]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, batch_sizes, keep, h_mask, zone_h, zone_c, y, c_all, reserve, *weights)
+    ctx.save_for_backward(x, h0, c0, batch_sizes, *masks, y, c_all, reserve, *weights)
 
 
 def _backward(ctx, dy, dh_n, dc_n, dc_all, _):

@@ -6,7 +6,8 @@ kernels split the units over threads or, where there are too few, time. Work and
     MinGRU:   z = sigmoid(W_z x + b_z), c = W_h x + b_h,                                 h' = (1 - z) h + z c
     MinLSTM:  f = sigmoid(W_f x + b_f), i = sigmoid(W_i x + b_i), c = W_h x + b_h,       h' = (f h + i c) / (f + i)
 
-With `positive`, c is g(W_h x + b_h), g(v) = v + 1/2 for v >= 0, else sigmoid(v), as in the paper's version over logarithms.
+With `positive`, c is g(W_h x + b_h), g(v) = v + 1/2 for v >= 0, else sigmoid(v), as in the paper's version over
+logarithms.
 """
 
 import math
@@ -37,7 +38,7 @@ def _gates(p: Tensor, cell: str) -> tuple[Tensor, Tensor]:
 
 
 def reference(p: Tensor, h0: Tensor | None, keep: Tensor | None, cell: str) -> Tensor:
-    """The definition, step by step: h [T, B, H] from p [T, B, G*H], h0 [B, H] and keep [T, B], either of them or None."""
+    """The definition, step by step: h [T, B, H] from p [T, B, G*H], h0 [B, H] or None, and keep [T, B] or None."""
     a, b = _gates(p, cell)
     h, found = torch.zeros_like(b[0]) if h0 is None else h0, []
     for t in range(p.size(0)):
@@ -228,12 +229,12 @@ class _MinRNN(nn.Module):
 
 
 class MinGRU(_MinRNN):
-    __doc__ = "z = sigmoid(W_z x + b_z), c = W_h x + b_h, h' = (1 - z) h + z c; gates stacked as z, c.\n" + _MinRNN.__doc__
+    __doc__ = f"""h' = (1 - z) h + z c with z = sigmoid(W_z x + b_z), c = W_h x + b_h; gates stacked as z, c.
+{_MinRNN.__doc__}"""
     _cell, _gates = "mingru", ("z", "c")
 
 
 class MinLSTM(_MinRNN):
-    __doc__ = (
-        "f, i = sigmoid(W x + b), c = W_h x + b_h, h' = (f h + i c) / (f + i); gates stacked as f, i, c.\n" + _MinRNN.__doc__
-    )
+    __doc__ = f"""h' = (f h + i c) / (f + i) with f, i = sigmoid(W x + b), c = W_h x + b_h; gates stacked as f, i, c.
+{_MinRNN.__doc__}"""
     _cell, _gates = "minlstm", ("f", "i", "c")

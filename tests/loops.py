@@ -138,4 +138,5 @@ def check(m: nn.RNNBase, got: dict[str, Tensor], want: dict[str, Tensor], leaves
     pairs += list(zip(names, gradients(got, leaves), gradients(want, leaves), strict=True))
     for name, a, b in pairs:
         scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=lambda s, n=name: f"{n}: {s}")  # noqa: E501
+        said = lambda s, n=name: f"{n}: {s}"  # noqa: E731
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=said)

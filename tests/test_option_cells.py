@@ -43,7 +43,8 @@ def written_out(m, x, h, c, w, t, layer, d):
     if m.mode == "GRU":
         r, z = sigmoid(gx[:, :k] + gh[:, :k]), sigmoid(gx[:, k : 2 * k] + gh[:, k : 2 * k])
         if s.reset_before:
-            n = gx[:, 2 * k :] + linear(r * h, w["weight_hh"][2 * k :], None if w["bias_hh"] is None else w["bias_hh"][2 * k :])
+            bias = None if w["bias_hh"] is None else w["bias_hh"][2 * k :]
+            n = gx[:, 2 * k :] + linear(r * h, w["weight_hh"][2 * k :], bias)
         else:
             n = gx[:, 2 * k :] + r * gh[:, 2 * k :]
         return (1 - z) * n.tanh() + z * h, None
@@ -63,13 +64,15 @@ def written_out(m, x, h, c, w, t, layer, d):
     return h if w["weight_hr"] is None else linear(h, w["weight_hr"]), c
 
 
-LSTM_OPTIONS = {"peephole": True, "coupled": True, "gate_activation": "hard_sigmoid", "layer_norm": True, "proj_size": 3}
+LSTM_OPTIONS = {"peephole": True, "coupled": True, "layer_norm": True, "gate_activation": "hard_sigmoid"}
+LSTM_OPTIONS["proj_size"] = 3
 GRU_OPTIONS = {"reset_after": False, "gate_activation": "hard_sigmoid"}
 VARIANTS = [("GRU", {"layer_norm": True})]
 for n in (1, 2, 3):
     VARIANTS += [("LSTM", {k: LSTM_OPTIONS[k] for k in chosen}) for chosen in itertools.combinations(LSTM_OPTIONS, n)]
     VARIANTS += [("GRU", {k: GRU_OPTIONS[k] for k in chosen}) for chosen in itertools.combinations(GRU_OPTIONS, n)]
-each_variant = pytest.mark.parametrize("kind, options", VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+names = lambda v: v if isinstance(v, str) else "-".join(v)  # noqa: E731
+each_variant = pytest.mark.parametrize("kind, options", VARIANTS, ids=names)
 
 
 def randomised(kind, options, **more):
@@ -147,9 +150,8 @@ def test_dtypes_copies_and_pickles(kind, options, dtype):
 def test_a_layer_norm_layer_starts_as_its_definition():
     m = make("LSTM", I, H, layer_norm=True)
     assert torch.equal(m.gain_ih_l0, torch.ones(4 * H).double()) and torch.equal(m.bias_c_l0, torch.zeros(H).double())
-    assert sorted(m.state_dict()) == sorted(
-        ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "gain_ih_l0", "gain_hh_l0", "gain_c_l0", "bias_c_l0"]
-    )
+    pairs = [f"{what}_{which}_l0" for what in ("weight", "bias", "gain") for which in ("ih", "hh")]
+    assert sorted(m.state_dict()) == sorted([*pairs, "gain_c_l0", "bias_c_l0"])
     assert make("LSTM", I, H, coupled=True).weight_ih_l0.shape == (3 * H, I)
 
 

@@ -89,8 +89,9 @@ def test_opcheck(cell, packed):
     cotangents = [leaf(*y.shape), leaf(*h_n.shape), *([leaf(*c_n.shape), leaf(*c_all.shape)] if lstm else [None, None])]
     op = torch.ops.seqkern.option_layer_backward.default
     for flow in (False, True):
-        arguments = (*cotangents, x, h0, c0, weights, batch_sizes, *masks, y, c_all, reserve, cell, False, True, True, flow)
-        torch.library.opcheck(op, arguments, test_utils=checks)
+        inputs = (x, h0, c0, weights, batch_sizes, *masks)
+        rest = (y, c_all, reserve, cell, False, True, True, flow)
+        torch.library.opcheck(op, (*cotangents, *inputs, *rest), test_utils=checks)
 
 
 def test_operator_checks_its_masks():
@@ -101,7 +102,7 @@ def test_operator_checks_its_masks():
         ((torch.ones(5, dtype=torch.float64), None, None), r"keep must be \[N\] = \[24\], got \[5\]"),
         ((torch.ones(24), None, None), "keep must be float64"),
         ((None, torch.ones(1, B, H), None), "h_mask must be float64"),
-        ((None, None, torch.ones(2, H, dtype=torch.float64)), r"zone_h must be \[N or 1, D\*P\] = \[24, 5\], got \[2, 5\]"),
+        ((None, None, torch.ones(2, H, dtype=torch.float64)), r"zone_h must be \[N or 1, D\*P\] = \[24, 5\], got \[2"),
     ):
         with pytest.raises(RuntimeError, match=text):
             op(x, None, None, w, None, *masks, None, 0.0, "gru", False, False, False)
