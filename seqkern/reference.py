@@ -11,6 +11,7 @@ is one, else H), G gates, D directions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -214,15 +215,18 @@ def _mix(zone: Tensor | None, rows: slice, columns: slice, old: Tensor, new: Ten
     return z * old + (1 - z) * new
 
 
-def _step(x: Tensor, state: State, w: Weights, cell: Cell, o: Options, d: int) -> State:
-    """One step's new state, from the state that it reads."""
+def _project(v: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    if gain is None:
+        return linear(v, weight, bias)
+    normal = _normal(linear(v, weight), gain)
+    return normal if bias is None else normal + bias
+
+
+def _step(gx: Tensor, state: State, w: Weights, cell: Cell, o: Options, d: int) -> State:
+    """One step's new state, from its projected input and the state that it reads."""
     e = o.extra[d] if o.extra else Extra()
     h = state.h if o.h_mask is None else state.h * o.h_mask[d, : state.h.size(0)]
-    if e.gain_x is None:
-        gx, gh = linear(x, w.w_ih, w.b_ih), linear(h, w.w_hh, w.b_hh)
-    else:
-        gx, gh = _normal(linear(x, w.w_ih), e.gain_x), _normal(linear(h, w.w_hh), e.gain_h)
-        gx, gh = gx if w.b_ih is None else gx + w.b_ih, gh if w.b_hh is None else gh + w.b_hh
+    gh = _project(h, w.w_hh, w.b_hh, e.gain_h)
     if not o.variant:
         new = cell.step(gx, gh, state)
     elif cell is CELLS["lstm"]:
@@ -241,16 +245,18 @@ def _direction(x: Tensor, state: State, w: Weights, sizes: list[int], cell: Cell
 
     Returns h of every step [N, P], c of every step [N, H] or None, and the last state.
     """
-    starts = [sum(sizes[:t]) for t in range(len(sizes))]
+    starts = list(accumulate(sizes, initial=0))
+    # All steps at once, and split rather than sliced: the gradient of a slice is as large as the whole.
+    gx = _project(x, w.w_ih, w.b_ih, o.extra[d].gain_x if o.extra else None).split(sizes)
     h, c, batch = state.h, state.c, state.h.size(0)
     hs: list[Tensor] = [x.new_empty(0)] * len(sizes)
     cs = list(hs)
     p, width = slice(d * h.size(1), (d + 1) * h.size(1)), 0 if c is None else c.size(1)
     for t in reversed(range(len(sizes))) if d == 1 else range(len(sizes)):
         n = sizes[t]
-        rows = slice(starts[t], starts[t] + n)
+        rows = slice(starts[t], starts[t + 1])
         before = _enter(State(h[:n], None if c is None else c[:n]), rows, o)
-        new_h, new_c = _step(x[rows], before, w, cell, o, d)
+        new_h, new_c = _step(gx[t], before, w, cell, o, d)
         new_h = _mix(o.zone_h, rows, p, before.h, new_h)
         if c is not None:
             new_c = _mix(o.zone_c, rows, slice(d * width, (d + 1) * width), before.c, new_c)

@@ -54,8 +54,8 @@ CELL_MUTANTS = [
 LAYER_MUTANTS = [
     ("bidirectional-lstm", "if d == 1 else range", "if False else range"),
     ("packed_bidirectional-gru", "if d == 1 else range", "if False else range"),
-    ("h_tail-gru", "linear(h, w.w_hh, w.b_hh)", "linear(h, w.w_hh, 0.5 * w.b_hh)"),
-    ("h_tail-lstm", "linear(h, w.w_hh, w.b_hh)", "linear(halved(h), w.w_hh, w.b_hh)"),
+    ("h_tail-gru", "_project(h, w.w_hh, w.b_hh,", "_project(h, w.w_hh, 0.5 * w.b_hh,"),
+    ("h_tail-lstm", "_project(h, w.w_hh, w.b_hh,", "_project(halved(h), w.w_hh, w.b_hh,"),
     ("packed-gru", "torch.cat([new_h, h[n:]])", "torch.cat([new_h, halved(h[n:])])"),
     ("packed-rnn_tanh", "torch.cat([new_h, h[n:]])", "torch.cat([new_h, 0 * h[n:]])"),
     ("packed-lstm", "torch.cat([new_c, c[n:]])", "torch.cat([new_c, 0 * c[n:]])"),

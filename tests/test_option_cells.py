@@ -14,6 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
 import seqkern
+from seqkern import functional
+from seqkern.module_options import extras
 from seqkern.options import Settings
 
 T, B, I, H = 7, 4, 3, 5  # noqa: E741
@@ -191,6 +193,18 @@ def test_initial_values():
 def test_errors(kind, options, error):
     with pytest.raises(ValueError, match=error):
         make(kind, I, H, **options)
+
+
+def test_functional_takes_extra_parameters():
+    m = randomised("LSTM", {"layer_norm": True, "peephole": True}, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    options = {"num_layers": 2, "bidirectional": True, "layer_norm": True, "peephole": True}
+    found = functional.lstm(x, None, m._flat_weights, extra=extras(m), **options)
+    torch.testing.assert_close(found, m(x))
+    with pytest.raises(ValueError, match="extra must hold parameters for 4 layers and directions, got 3"):
+        functional.lstm(x, None, m._flat_weights, extra=extras(m)[:3], **options)
+    with pytest.raises(TypeError, match="unknown option 'zone'"):
+        functional.lstm(x, None, m._flat_weights, zone=0.1)
 
 
 def test_explain_says_what_is_not_fused():
