@@ -18,6 +18,22 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("rnn_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
         " Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor reserve, str cell, bool bidirectional,"
         " bool need_dx, bool need_dw, bool tf32=False) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  // The same with what torch.nn's layers lack: seqkern/reference.py, `Options`. want_c: c of every step (LSTM), into
+  // c_all, which backward needs too where it is not empty. want_flow: squares of d(loss)/dh and d(loss)/dc, [2, D, N, K]
+  // in K parts to be summed.
+  m.def("option_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? keep,"
+        " Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float clip_value, str cell, bool bidirectional, bool want_c,"
+        " bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor reserve)");
+  m.def("option_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, Tensor x, Tensor? h0,"
+        " Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? keep, Tensor? h_mask, Tensor? zone_h,"
+        " Tensor? zone_c, float clip_value, Tensor y, Tensor c_all, Tensor reserve, str cell, bool bidirectional,"
+        " bool need_dx, bool need_dw, bool want_flow)"
+        " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor flow)");
+  // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
+  m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
+  m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
+  // A mask like `like` of the given size: `value` with probability p, else 0. Definition: seqkern/masks.py.
+  m.def("_cpu_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build
   m.def("_cpu_isa() -> str");                          // the instruction set in use
   m.def("_cpu_isas() -> str");                         // those that this CPU can run

@@ -15,22 +15,26 @@ except ImportError as error:
         "`pip install --no-build-isolation .`, or in a checkout run `python setup.py build_ext --inplace`"
     ) from error
 
-from . import functional, reference
+from . import diagnostics, functional, reference
 from ._dynamo import allow_rnn_in_compile
 from .convert import accelerate, patched
 from .info import Plan, __version__, explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .scan import MinGRU, MinLSTM
 
 __all__ = [
     "GRU",
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "MinGRU",
+    "MinLSTM",
     "Plan",
     "RNN",
     "RNNCell",
     "__version__",
     "accelerate",
+    "diagnostics",
     "explain",
     "functional",
     "ops",

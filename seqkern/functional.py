@@ -4,13 +4,14 @@ Shapes: L layers, D directions (2 if bidirectional else 1), T time, B batch, N r
 H hidden, P output (the projection's size where there is one, else H).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops, reference, watch
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -24,12 +25,12 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type in KERNEL_DEVICES and dtype in KERNEL_DTYPES
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether vmap, jvp and the like are active, which differentiate or batch operation by operation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _check_devices(cell: str, x: Tensor, others: Sequence[Tensor | None]) -> None:
+def check_devices(cell: str, x: Tensor, others: Sequence[Tensor | None]) -> None:
     # The dispatcher does not: among CPU and meta tensors it would run the shape function and return garbage.
     device = x.device
     for t in others:
@@ -37,7 +38,7 @@ def _check_devices(cell: str, x: Tensor, others: Sequence[Tensor | None]) -> Non
             raise RuntimeError(f"{cell}: states and weights must be on {device} as the input is, got one on {t.device}")
 
 
-def _wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
+def wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
     # Loops, not any(): a generator costs more than the whole test on the path of one-step calls.
     for t in sequence:
         if t is not None and t.requires_grad:
@@ -48,19 +49,26 @@ def _wants_grad(sequence: Sequence[Tensor | None], weights: Sequence[Tensor]) ->
     return False
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast does to an argument: everything floating but float64."""
     return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
-def _reference_layer(cell, sequence, weights, batch_sizes, bidirectional):
-    """`reference.layer` with the operator's rules: one dtype for all arguments, to which autocast casts them."""
+def cast_options(o: reference.Options, dtype: torch.dtype) -> reference.Options:
+    extra = [reference.Extra(*(cast(t, dtype) for t in e)) for e in o.extra]
+    masks = {name: cast(getattr(o, name), dtype) for name in ("h_mask", "zone_h", "zone_c")}
+    return dataclasses.replace(o, extra=extra, **masks)
+
+
+def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options=reference.NONE):
+    """`reference.layer_with` with the operator's rules: one dtype for all arguments, to which autocast casts them."""
     device = sequence[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        sequence, weights = [_cast(t, dtype) for t in sequence], [_cast(w, dtype) for w in weights]
+        sequence, weights = [cast(t, dtype) for t in sequence], [cast(w, dtype) for w in weights]
+        options = cast_options(options, dtype)
         with torch.autocast(device, enabled=False):
-            return _reference_layer(cell, sequence, weights, batch_sizes, bidirectional)
+            return reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options)
     x, h, c = sequence
     for t in (h, c, *weights):
         if t is not None and t.dtype != x.dtype:
@@ -69,7 +77,15 @@ def _reference_layer(cell, sequence, weights, batch_sizes, bidirectional):
     for name, t in (("h0", h), ("c0", c)):
         if t is not None and t.shape[:-1] != leading:
             raise RuntimeError(f"{cell}: {name}'s first sizes must be [D, B] = {[*leading]}, got {list(t.shape)}")
-    return reference.layer(x, h, c, weights, batch_sizes, cell, bidirectional)
+    if (take := watch.claim()) is not None:
+        sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
+        options = dataclasses.replace(options, watcher=watch.Hooks(take, leading[0], sizes, x))
+    return reference.layer_with(options, x, h, c, weights, batch_sizes, cell, bidirectional)
+
+
+def _plain_eager(device: str) -> bool:
+    """Whether nothing but autograd has to see the operator: no compiler, no tracer, no autocast."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(device))
 
 
 def run_layer(
@@ -84,15 +100,18 @@ def run_layer(
     sequence is x, h0, c0; they, the other arguments and the first three results are those of `reference.layer`.
     """
     x, h, c = sequence
-    _check_devices(cell, x, (h, c, *weights))
-    if has_kernel(x.device, x.dtype) and not _transformed():
-        save = torch.is_grad_enabled() and _wants_grad(sequence, weights)
+    check_devices(cell, x, (h, c, *weights))
+    if has_kernel(x.device, x.dtype) and not transformed():
+        save = torch.is_grad_enabled() and wants_grad(sequence, weights)
+        if save and _plain_eager(x.device.type):
+            tf32 = ops.tf32_allowed(x)
+            return ops.EagerLayer.apply(x, h, c, batch_sizes, cell, bidirectional, tf32, *weights)
         if save or torch.compiler.is_compiling():
             return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, save, ops.tf32_allowed(x))
         # Autograd, which has nothing to do here, costs as much Python time as all the rest of a one-step call.
         with torch._C._AutoDispatchBelowAutograd():
             return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, False, ops.tf32_allowed(x))
-    return _reference_layer(cell, sequence, weights, batch_sizes, bidirectional)
+    return reference_layer(cell, sequence, weights, batch_sizes, bidirectional)
 
 
 def run_stack(
@@ -146,8 +165,9 @@ def _run(
     training: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The public functions' checks and layouts around `run_stack`."""
+    **beyond,
+) -> tuple[Tensor, ...]:
+    """The public functions' checks and layouts around `run_stack`, or, with options, around `options.run_stack`."""
     x, h, c = sequence
     directions = 2 if bidirectional else 1
     states = num_layers * directions
@@ -168,8 +188,24 @@ def _run(
     if transpose:
         x = x.transpose(0, 1)
     p = dropout if training else 0.0
-    y, h_n, c_n = run_stack(cell, (x, h, c), weights, batch_sizes, num_layers, bidirectional, p)
-    return (y.transpose(0, 1) if transpose else y), h_n, c_n
+    if not beyond:
+        y, h_n, c_n = run_stack(cell, (x, h, c), weights, batch_sizes, num_layers, bidirectional, p)
+        return (y.transpose(0, 1) if transpose else y), h_n, c_n
+    from . import options  # which imports this module
+
+    stack, call = options.from_keywords(cell, (num_layers, bidirectional, dropout, training), beyond)
+    if transpose and call.resets is not None:
+        call = call._replace(resets=call.resets.transpose(0, 1))
+    y, h_n, c_n, *states = options.run_stack(stack, (x, h, c), weights, batch_sizes, call)
+    if not transpose:
+        return y, h_n, c_n, *states
+    return y.transpose(0, 1), h_n, c_n, *(None if s is None else s.transpose(1, 2) for s in states)
+
+
+def _results(y: Tensor, last, states: Sequence[Tensor | None]):
+    """With return_all_states a third result."""
+    states = [s for s in states if s is not None]
+    return (y, last, tuple(states) if isinstance(last, tuple) else states[0]) if states else (y, last)
 
 
 def rnn(
@@ -187,6 +223,9 @@ def rnn(
         dropout, training: with training, the probability of a zero in each layer's output but the last's. The masks
             are torch.nn.RNN's under the same seed. Defaults: 0.0, False.
         batch_sizes: [T] int64 on the CPU, as in PackedSequence: input is packed. Default: None.
+        lengths, resets, return_all_states, generator: as in the forward of `seqkern.RNN`.
+        zoneout, recurrent_dropout and the other options of `seqkern.RNN` that need no parameters of their own; those
+            that do (LSTM, GRU) take them in `extra`, a `reference.Extra` for each layer and direction.
 
     All tensors are of one dtype (autocast casts them) and on one device. float64, float32, bfloat16 and float16 on
     the CPU, and on CUDA where the build has it, run on the fused kernels, everything else on `seqkern.reference`.
@@ -200,7 +239,8 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    return _run("rnn_" + nonlinearity, (input, hx, None), weights, **options)[:2]
+    y, h_n, _, *states = _run("rnn_" + nonlinearity, (input, hx, None), weights, **options)
+    return _results(y, h_n, states)
 
 
 def lstm(
@@ -219,8 +259,8 @@ def lstm(
         y [T, B, D*P] ([B, T, D*P], [N, D*P]) and (h_n [L*D, B, P], c_n [L*D, B, H]).
     """
     h, c = (None, None) if hx is None else hx
-    y, h_n, c_n = _run("lstm", (input, h, c), weights, **options)
-    return y, (h_n, c_n)
+    y, h_n, c_n, *states = _run("lstm", (input, h, c), weights, **options)
+    return _results(y, (h_n, c_n), states)
 
 
 def gru(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options) -> tuple[Tensor, Tensor]:
@@ -235,4 +275,5 @@ def gru(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options) 
     Returns:
         y [T, B, D*H] ([B, T, D*H], [N, D*H]) and h_n [L*D, B, H].
     """
-    return _run("gru", (input, hx, None), weights, **options)[:2]
+    y, h_n, _, *states = _run("gru", (input, hx, None), weights, **options)
+    return _results(y, h_n, states)

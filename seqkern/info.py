@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import functional, modules, ops, reference
+from . import functional, modules, ops, options, reference
 
 _LAYERS = (modules.RNN, modules.LSTM, modules.GRU)
 _CELLS = (modules.RNNCell, modules.LSTMCell, modules.GRUCell)
@@ -121,6 +121,9 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         if device.type == "cuda" and not ops.BUILT_WITH_CUDA:
             reason += " in this build (with a CUDA toolkit and a CUDA build of torch, SEQKERN_CUDA=1 builds it)"
         return Plan("reference", f"no kernel for {reason}: seqkern.reference, in plain torch operations", call)
+    if lacking := options.unfused(getattr(module, "_settings", None)):
+        why = f"no kernel for {lacking}: seqkern.reference, in plain torch operations"
+        return Plan("reference", why, call)
     if device.type == "meta":
         return Plan("meta", "shapes only, nothing is computed", call)
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, module_options, options
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
 
@@ -37,6 +37,17 @@ def _split(hx: State, lstm: bool) -> tuple[Tensor, Tensor | None]:
     return hx[0], hx[1]
 
 
+def _batch_of_one(call: options.Call) -> options.Call:
+    """resets [T] of an unbatched call as [T, 1]."""
+    if call.lengths is not None:
+        raise ValueError("lengths are for batched input: shorten an unbatched one instead")
+    if call.resets is None:
+        return call
+    if call.resets.dim() != 1:
+        raise ValueError(f"resets of unbatched input must be [T], got {list(call.resets.shape)}")
+    return call._replace(resets=call.resets.unsqueeze(1))
+
+
 class _Scriptable(nn.Module):
     """torch.jit.script cannot compile the forwards here; it gets torch.nn's own module on the same Parameters.
 
@@ -44,6 +55,8 @@ class _Scriptable(nn.Module):
     """
 
     def __prepare_scriptable__(self) -> nn.Module:
+        if getattr(self, "_settings", None) is not None:
+            raise RuntimeError(f"{type(self).__name__}: torch.jit.script knows none of the options{self._text()}")
         torch_class = next(cls for cls in type(self).__mro__ if cls.__module__ == nn.RNNBase.__module__)
         twin = torch_class.__new__(torch_class)
         twin.__dict__.update(self.__dict__)
@@ -54,6 +67,28 @@ class _Scriptable(nn.Module):
 
 class _Layer(_Scriptable, nn.RNNBase):
     """What RNN, LSTM and GRU share."""
+
+    # Where no option is set. On the class, for layers that torch.nn made: unpickled, or given to `accelerate`.
+    _settings: options.Settings | None = None
+    _initial = (None, None)
+    _extra_names: list[dict] = []  # noqa: RUF012
+
+    def __init__(self, *args, **kwargs):
+        given = {name: kwargs.pop(name) for name in module_options.NAMES if name in kwargs}
+        super().__init__(*args, **kwargs)
+        if given:
+            module_options.install(self, given)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self._settings is not None:
+            module_options.initialise(self)
+
+    def _text(self) -> str:
+        return module_options.text(self) if self._settings is not None else ""
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._text()
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -103,7 +138,18 @@ class _Layer(_Scriptable, nn.RNNBase):
             self.check_hidden_size(h, size, "Expected hidden[0] size {}, got {}")
             self.check_hidden_size(c, (states, batch, self.hidden_size), "Expected hidden[1] size {}, got {}")
 
-    def _run(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None):
+    def _run(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None,
+             call: options.Call | None):  # fmt: skip
+        if call is not None or self._settings is not None:
+            settings = self._settings or options.DEFAULT
+            return options.run_stack(
+                options.Stack(self.mode.lower(), self.num_layers, self.bidirectional, self.dropout, self.training,
+                              settings, module_options.extras(self)),
+                (x, h, c),
+                weights,
+                batch_sizes,
+                call or options.Call(),
+            )  # fmt: skip
         return functional.run_stack(
             self.mode.lower(),
             (x, h, c),
@@ -114,10 +160,25 @@ class _Layer(_Scriptable, nn.RNNBase):
             self.dropout if self.training else 0.0,
         )
 
-    def forward(self, input: Tensor | PackedSequence, hx: State | None = None):
-        """The forward of the torch.nn class of the same name: its arguments, results and exception types."""
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_all_states: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        """The forward of the torch.nn class of the same name: its arguments, results and exception types.
+
+        The keywords are seqkern's own: see the class.
+        """
+        call = None
+        if lengths is not None or resets is not None or return_all_states or generator is not None:
+            call = options.Call(lengths, resets, return_all_states, generator)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, call)
         dim = input.dim()
         if dim != 3 and dim != 2:
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {dim}D instead")
@@ -133,6 +194,7 @@ class _Layer(_Scriptable, nn.RNNBase):
                 )
         x = input
         if not batched:  # time-major, whatever batch_first says
+            call = call and _batch_of_one(call)
             x = x.unsqueeze(1)
             h = None if h is None else h.unsqueeze(1)
             c = None if c is None else c.unsqueeze(1)
@@ -142,17 +204,27 @@ class _Layer(_Scriptable, nn.RNNBase):
         batch_first = batched and self.batch_first
         if batch_first:
             x = x.transpose(0, 1)
+            if resets is not None:
+                call = call._replace(resets=resets.transpose(0, 1) if resets.dim() == 2 else resets)
         if h is not None:
             self._check_state(h, c, x.size(1))
-        y, h_n, c_n = self._run(x, h, c, weights, None)
+        y, h_n, c_n, *states = self._run(x, h, c, weights, None, call)
         if batch_first:
             y = y.transpose(0, 1)
+            states = [None if s is None else s.transpose(1, 2) for s in states]
         elif not batched:
             y, h_n = y.squeeze(1), h_n.squeeze(1)
             c_n = c_n.squeeze(1) if lstm else c_n
-        return y, (h_n, c_n) if lstm else h_n
+            states = [None if s is None else s.squeeze(2) for s in states]
+        return self._results(y, (h_n, c_n) if lstm else h_n, states if return_all_states else None)
 
-    def _forward_packed(self, input: PackedSequence, hx: State | None):
+    @staticmethod
+    def _results(y, last: State, states: list[Tensor | None] | None):
+        if states is None:
+            return y, last
+        return y, last, tuple(states) if isinstance(last, tuple) else states[0]
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None, call: options.Call | None):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         lstm = self.mode == "LSTM"
         h = c = None
@@ -168,21 +240,22 @@ class _Layer(_Scriptable, nn.RNNBase):
                 raise IndexError(f"a packed LSTM's state should be 3-D, got {h.dim()}-D and {c.dim()}-D tensors")
             if h is not None:
                 self._check_state(h, c, batch)
-        y, h_n, c_n = self._run(data, h, c, weights, batch_sizes)
+        y, h_n, c_n, *states = self._run(data, h, c, weights, batch_sizes, call)
         last = self.permute_hidden((h_n, c_n) if lstm else h_n, unsorted_indices)
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), last
+        y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return self._results(y, last, states if call is not None and call.all_states else None)
 
 
 class RNN(_Layer, nn.RNN):
-    __doc__ = nn.RNN.__doc__
+    __doc__ = (nn.RNN.__doc__ or "") + module_options.DOC
 
 
 class LSTM(_Layer, nn.LSTM):
-    __doc__ = nn.LSTM.__doc__
+    __doc__ = (nn.LSTM.__doc__ or "") + module_options.DOC
 
 
 class GRU(_Layer, nn.GRU):
-    __doc__ = nn.GRU.__doc__
+    __doc__ = (nn.GRU.__doc__ or "") + module_options.DOC
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

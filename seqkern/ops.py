@@ -7,7 +7,7 @@ of their arguments in `seqkern.reference.layer`.
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  (loading _C registers the operators)
+from . import _C, reference, watch  # noqa: F401  (loading _C registers the operators)
 from .reference import CELLS
 
 rnn_layer = torch.ops.seqkern.rnn_layer.default
@@ -23,7 +23,7 @@ def tf32_allowed(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
-class _Sizes:
+class Sizes:
     """The sizes that follow from an operator's inputs; symbolic where they are."""
 
     def __init__(self, x, weights, batch_sizes, cell, bidirectional):
@@ -38,22 +38,21 @@ class _Sizes:
         # In the packed case the batch is batch_sizes[0], a value that a fake kernel cannot read: h0 or a fresh
         # symbol stands for it.
         self.packed = batch_sizes is not None
+        self.sums = torch.promote_types(x.dtype, torch.float32)
         self.rows = x.size(0) if self.packed else x.size(0) * x.size(1)
         self.leading = (x.size(0),) if self.packed else (x.size(0), x.size(1))
+
+    def batch(self, x, *states):
+        if not self.packed:
+            return x.size(1)
+        known = next((t for t in states if t is not None), None)
+        return torch.library.get_ctx().new_dynamic_size(min=1) if known is None else known.size(1)
 
 
 @torch.library.register_fake("seqkern::rnn_layer")
 def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32=False):
-    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
-    if not s.packed:
-        batch = x.size(1)
-    elif h0 is not None:
-        batch = h0.size(1)
-    elif c0 is not None:
-        batch = c0.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size(min=1)
-    lstm = cell == "lstm"
+    s = Sizes(x, weights, batch_sizes, cell, bidirectional)
+    batch, lstm = s.batch(x, h0, c0), cell == "lstm"
     return (
         x.new_empty(*s.leading, s.directions * s.output),
         x.new_empty(s.directions, batch, s.output),
@@ -62,32 +61,76 @@ def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32=False):
     )
 
 
-def _rnn_layer_setup(ctx, inputs, output):
-    x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional, _, ctx.tf32 = inputs
-    y, _, c_n, reserve = output
+def _keep(ctx, sequence, weights, batch_sizes, options, results):
+    """What both autograd formulas of rnn_layer keep for backward."""
+    ctx.cell, ctx.bidirectional, ctx.tf32 = options
+    y, c_n, reserve = results
     ctx.count = len(weights)
+    ctx.watcher = watch.claim()
     ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, batch_sizes, y, reserve, *weights)
+    ctx.save_for_backward(*sequence, batch_sizes, y, reserve, *weights)
+
+
+def _gradients(ctx, dy, dh_n, dc_n, needed, any_weight):
+    """Gradients of x, h0, c0 and the weights, None for those that are not needed; `needed`: of x, h0, c0."""
+    x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
+    options = (ctx.cell, ctx.bidirectional, needed[0], any_weight)
+    if ctx.watcher is None:
+        dx, dh0, dc0, dweights = rnn_layer_backward(
+            dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options, ctx.tf32
+        )
+    else:
+        dx, dh0, dc0, dweights, flow = torch.ops.seqkern.option_layer_backward(
+            dy, dh_n, dc_n, None, x, h0, c0, weights, batch_sizes, *[None] * 4, 0.0, y, x.new_empty(0), reserve,
+            *options, True,
+        )  # fmt: skip
+        watch.deliver(ctx.watcher, flow, x, batch_sizes)
+    states = [g if n else None for g, n in zip((dx, dh0, dc0), needed, strict=True)]
+    return states, dweights or [None] * ctx.count
+
+
+def _rnn_layer_setup(ctx, inputs, output):
+    x, h0, c0, weights, batch_sizes, cell, bidirectional, _, tf32 = inputs
+    y, _, c_n, reserve = output
+    _keep(ctx, (x, h0, c0), weights, batch_sizes, (cell, bidirectional, tf32), (y, c_n, reserve))
 
 
 def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
-    x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
-    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
+    *needed, need_weights = ctx.needs_input_grad[:4]
     others = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, *others
-    options = (ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.tf32)
-    dx, dh0, dc0, dweights = rnn_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options)
-    if not dweights:
-        dweights = [None] * ctx.count
-    return (
-        dx if need_x else None,
-        dh0 if need_h0 else None,
-        dc0 if need_c0 else None,
-        [g if n else None for g, n in zip(dweights, need_weights, strict=True)],
-        *others,
-    )
+    states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+    return (*states, [g if n else None for g, n in zip(dweights, need_weights, strict=True)], *others)
+
+
+class EagerLayer(torch.autograd.Function):
+    """rnn_layer with gradients, for plain eager calls: the operator's own autograd takes 0.1 ms more Python time.
+
+    apply(x, h0, c0, batch_sizes, cell, bidirectional, tf32, *weights) gives y, h_n, c_n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, h0, c0, batch_sizes, cell, bidirectional, tf32, *weights):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n, reserve = rnn_layer(x, h0, c0, weights, batch_sizes, cell, bidirectional, True, tf32)
+        _keep(ctx, (x, h0, c0), weights, batch_sizes, (cell, bidirectional, tf32), (y, c_n, reserve))
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        *needed, _, _, _, _ = ctx.needs_input_grad[:7]
+        need_weights = ctx.needs_input_grad[7:]
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * (7 + ctx.count)
+        if torch.is_grad_enabled():  # a second derivative is wanted: through the operator's own formula
+            states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+        dweights = [g if n else None for g, n in zip(dweights, need_weights, strict=True)]
+        return (*states, None, None, None, None, *dweights)
 
 
 torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup_context=_rnn_layer_setup)
@@ -95,14 +138,8 @@ torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup
 
 @torch.library.register_fake("seqkern::rnn_layer_backward")
 def _(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx, need_dw, tf32=False):
-    s = _Sizes(x, weights, batch_sizes, cell, bidirectional)
-    known = next((t for t in (h0, c0, dh_n, dc_n) if t is not None), None)
-    if not s.packed:
-        batch = x.size(1)
-    elif known is not None:
-        batch = known.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size(min=1)
+    s = Sizes(x, weights, batch_sizes, cell, bidirectional)
+    batch = s.batch(x, h0, c0, dh_n, dc_n)
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(s.directions, batch, s.output),
@@ -119,15 +156,15 @@ def _double_setup(ctx, inputs, output):
     ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
 
 
-def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
-    """Differentiates the reference's backward, to any order.
+def second_derivatives(ctx, second, layer, cotangents, inputs) -> list[Tensor | None]:
+    """Differentiates the reference's backward, to any order: the gradients of `cotangents` and `inputs`.
 
+    `layer` is the reference as a function of x, h0, c0 and a list of weights, which `inputs` holds; `second` are the
+    gradients of the operator's outputs dx, dh0, dc0 and dweights.
     The reserve and y are functions of the other inputs and get no gradient of their own. Fresh aliases of the saved
     tensors make these partial derivatives: with the tensors themselves, paths through dy's own history back to the
     inputs would be counted too; with detached ones, third order would be lost.
     """
-    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
-    needed = ctx.needs_input_grad
     create_graph = torch.is_grad_enabled()
 
     def alias(t):
@@ -136,10 +173,9 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
     with torch.enable_grad():
-        cotangents = [alias(t) for t in (dy, dh_n, dc_n)]
-        x, h0, c0 = alias(x), alias(h0), alias(c0)
-        weights = [alias(w) for w in weights]
-        outputs = reference.layer(x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
+        cotangents = [alias(t) for t in cotangents]
+        x, h0, c0, *weights = (alias(t) for t in inputs)
+        outputs = layer(x, h0, c0, weights)
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
         inputs = [t for t in (x, h0, c0, *weights) if t is not None]
         first = torch.autograd.grad(
@@ -172,9 +208,19 @@ def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
         else:
             grads = iter([None] * len(leaves))
     grads = [next(grads) if t is not None else None for t in wanted]
-    flags = [*needed[:6], *needed[6]]
-    grads = [g if n else None for g, n in zip(grads, flags, strict=True)]
-    return (*grads[:6], grads[6:], *[None] * (len(needed) - 7))
+    needed, states = ctx.needs_input_grad, len(cotangents) + 3
+    flags = [*needed[:states], *needed[states]]
+    return [g if n else None for g, n in zip(grads, flags, strict=True)]
+
+
+def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
+    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
+
+    def layer(x, h0, c0, weights):
+        return reference.layer(x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
+
+    grads = second_derivatives(ctx, second, layer, (dy, dh_n, dc_n), (x, h0, c0, *weights))
+    return (*grads[:6], grads[6:], *[None] * (len(ctx.needs_input_grad) - 7))
 
 
 torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward, setup_context=_double_setup)
@@ -183,10 +229,14 @@ torch.library.register_autograd("seqkern::rnn_layer_backward", _double_backward,
 _library = torch.library.Library("seqkern", "FRAGMENT")
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    """Under autocast every floating-point tensor but float64 ones goes to autocast's dtype, as torch's layers do."""
+def register_autocast(name: str, device_type: str, dispatch_key: str, cast_all=None) -> None:
+    """Under autocast every floating-point tensor but float64 ones goes to autocast's dtype, as torch's layers do.
+
+    cast_all(args, cast): the operator's arguments cast, where not all of them are to be.
+    """
     off = torch._C._ExcludeDispatchKeyGuard
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+    operator = getattr(torch.ops.seqkern, name).default
 
     def cast(value, dtype):
         if isinstance(value, Tensor):
@@ -194,13 +244,14 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
             return value.to(dtype) if low else value
         return [cast(v, dtype) for v in value] if isinstance(value, (list, tuple)) else value
 
-    def rnn_layer_autocast(_, *args):
+    def autocast(_, *args):
         dtype = torch.get_autocast_dtype(device_type)
+        args = [cast(a, dtype) for a in args] if cast_all is None else cast_all(args, lambda a: cast(a, dtype))
         with off(keys):
-            return rnn_layer(*[cast(a, dtype) for a in args])
+            return operator(*args)
 
-    _library.impl("rnn_layer", rnn_layer_autocast, dispatch_key, with_keyset=True)
+    _library.impl(name, autocast, dispatch_key, with_keyset=True)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("rnn_layer", "cpu", "AutocastCPU")
+register_autocast("rnn_layer", "cuda", "AutocastCUDA")

@@ -52,14 +52,14 @@ CELL_MUTANTS = [
 ]
 # case, text of the reference, text of the mutant
 LAYER_MUTANTS = [
-    ("bidirectional-lstm", "reverse=d == 1", "reverse=False"),
-    ("packed_bidirectional-gru", "reverse=d == 1", "reverse=False"),
-    ("h_tail-gru", "linear(h[:n], w.w_hh, w.b_hh)", "linear(h[:n], w.w_hh, 0.5 * w.b_hh)"),
-    ("h_tail-lstm", "linear(h[:n], w.w_hh, w.b_hh)", "linear(halved(h[:n]), w.w_hh, w.b_hh)"),
+    ("bidirectional-lstm", "if d == 1 else range", "if False else range"),
+    ("packed_bidirectional-gru", "if d == 1 else range", "if False else range"),
+    ("h_tail-gru", "_project(h, w.w_hh, w.b_hh,", "_project(h, w.w_hh, 0.5 * w.b_hh,"),
+    ("h_tail-lstm", "_project(h, w.w_hh, w.b_hh,", "_project(halved(h), w.w_hh, w.b_hh,"),
     ("packed-gru", "torch.cat([new_h, h[n:]])", "torch.cat([new_h, halved(h[n:])])"),
     ("packed-rnn_tanh", "torch.cat([new_h, h[n:]])", "torch.cat([new_h, 0 * h[n:]])"),
     ("packed-lstm", "torch.cat([new_c, c[n:]])", "torch.cat([new_c, 0 * c[n:]])"),
-    ("proj-lstm", "linear(new_h, w.w_hr)", "linear(new_h, flipped(w.w_hr))"),
+    ("proj-lstm", "linear(new.h, w.w_hr)", "linear(new.h, flipped(w.w_hr))"),
 ]
 
 

@@ -41,6 +41,21 @@ struct Barrier {
   int sleepers;
 };
 
+// What a layer does beyond torch.nn's (seqkern/reference.py, Options); null or 0 where it does not.
+struct LayerOptions {
+  bool any;            // of the ones below
+  const void* keep;    // [N] in the type that sums are in; multiplies the state that a step reads
+  const void* h_mask;  // [D, B, P] multiplies h on its way into the product
+  const void* zone_h;  // [N, D*P], share of the old h in the new; rows zone_h_row apart, 0 for the same at every step
+  const void* zone_c;  // [N, D*H]
+  int64_t zone_h_row, zone_c_row;
+  double clip_value;   // bound on d(loss)/d(state) on its way to the step before
+  void* c_all;         // [N, D*H] c of every step: an output of forward, an input of backward
+  const void* dc_all;  // [N, D*H] its gradient
+  void* flow;          // [2, D, N, flow_panels] squares of d(loss)/dh and d(loss)/dc, summed over the units of a panel
+  int64_t flow_panels;
+};
+
 struct LayerArgs {
   int64_t steps, batch, rows, input, hidden, output, directions;
   const int64_t* sizes;   // [T] rows of each step, never growing
@@ -62,6 +77,7 @@ struct LayerArgs {
   void* dh0;         // [D, B, P]
   void* dc0;         // [D, B, H] (LSTM) or null
   Weights dweights[kMaxDirections];  // all null where they are not wanted
+  LayerOptions options;
   // execution
   Plan plan;
   const int64_t* row_bounds;  // [plan.rows + 1]: row part r has rows row_bounds[r] to row_bounds[r+1]
@@ -75,6 +91,34 @@ struct Kernel {
   void (*run)(const LayerArgs&, int tid);
 };
 
+// Cells that are linear in their state (scan_cells.h).
+constexpr int kScanCells = 4;
+struct ScanArgs {
+  int64_t steps, batch, hidden;
+  const void* p;     // [T, B, G*H], dense as all of these
+  const void* h0;    // [B, H] or null
+  const void* keep;  // [T, B] in the type that sums are in, or null
+  void* h;           // [T, B, H]; an output of forward, an input of backward
+  const void* dh;    // [T, B, H]
+  void* dp;          // [T, B, G*H]
+};
+// A piece of time, [begin, end), for some of the vectors of units that the batch's rows are made of.
+struct ScanPart {
+  int64_t begin, end, first, last;
+  void* state;   // [last - first][width], in and out
+  void* factor;  // likewise: what the piece multiplies a state by
+  bool summary;  // only state and factor are wanted
+};
+struct ScanKernel {
+  void (*forward)(const ScanArgs&, const ScanPart&);
+  void (*backward)(const ScanArgs&, const ScanPart&);
+};
+
+struct RandomArgs {
+  int64_t seed, stream, limit;  // limit: of 2^32
+  double value;
+};
+
 struct CpuKernels {
   const char* isa;
   int64_t min_rows[kDtypes];  // of a part of the batch: fewer leave the tiles of the products half empty
@@ -84,6 +128,9 @@ struct CpuKernels {
   void (*math_f64)(const char* name, const double* x, double* y, int64_t n);
   // Multiply-adds on registers alone, `n` rounds; returns the floating-point operations done. Times the peak.
   int64_t (*burst[kDtypes])(int64_t n);
+  void (*bernoulli[kDtypes])(void* to, int64_t begin, int64_t end, const RandomArgs&);
+  ScanKernel scan[kScanCells][kDtypes];
+  int64_t scan_bytes;  // of a vector
 };
 
 }  // namespace seqkern

@@ -75,6 +75,10 @@ struct Lstm {
     grad[3] = dh * t * dsigmoid(o);
     dc = d * f;
   }
+  // All of d(loss)/dc', where dc comes from the step after.
+  template <class V> SK_HD static V cell_gradient(const V (&saved)[5], V dh, V dc) {
+    return dc + dh * saved[3] * dtanh(tanh_(saved[4]));
+  }
   // What the projection multiplies, from the saved values.
   template <class V> SK_HD static V unprojected(const V (&saved)[5]) { return saved[3] * tanh_(saved[4]); }
 };

@@ -7,6 +7,7 @@
 #pragma once
 #include "../core/cells.h"
 #include "direct.h"
+#include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -22,7 +23,7 @@ template <class C, class S> struct Backward {
   static_assert(kTile <= kLeft);
 
   const LayerArgs& a;
-  int64_t units, outs, ins, ldg, ldp, carry_ld, chunk, chunk_rows, left_ld;
+  int64_t units, outs, ins, ldg, ldp, carry_ld, old_ld, chunk, chunk_rows, left_ld;
   // Whether the tile unit multiplies: the steps' products, and those over the rows of a chunk.
   bool tiles_h, tiles_sum;
 
@@ -33,12 +34,14 @@ template <class C, class S> struct Backward {
     Rows<S> grads_sum[2], dp_sum[2];  // the same in the form that sums take, where that is another
     Panels<S> x, h, u;           // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
     Acc* carry;                  // [B][carry_ld]
+    Acc* old;                    // [B][old_ld] zoneout: the gradient that goes past the cell; the carry where that is of h
     Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   };
   struct Own {
     A* left;         // one tile's columns of the gate gradients: [chunk_rows / kPair][kLeft][kPair], or
     Rows<S> columns;  // for the tile unit, [32][left_ld]
     Acc* pair;       // [2][units * kColumns] two rows of unprojected outputs
+    Acc* entering;   // [2][outs * kColumns] two rows of h as it went into the product, where options change it
   };
 
   explicit Backward(const LayerArgs& args) : a(args) {
@@ -48,6 +51,7 @@ template <class C, class S> struct Backward {
     ldg = ceil_div(C::kGrads * a.hidden + kWidth, 32) * 32 + 32;
     ldp = ceil_div(outs * kColumns, 32) * 32 + 32;
     carry_ld = units * kColumns;
+    old_ld = outs * kColumns;
     chunk = min64(a.steps, max64(1, kChunkRows / max64(1, a.batch)));
     chunk_rows = chunk * a.batch;
     left_ld = ceil_div(chunk_rows, 32) * 32 + 32;
@@ -75,6 +79,7 @@ template <class C, class S> struct Backward {
     s.h = m.panels<S>(sums() ? outs : 0, chunk_rows, kWide, tiles_sum);
     s.u = m.panels<S>(sums() && projected() ? units : 0, chunk_rows, kWide, tiles_sum);
     s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
+    s.old = C::kCarry == Carry::kHidden ? s.carry : m.take<Acc>(a.options.zone_h ? a.batch * old_ld : 0);
     const int64_t n = sums() && !kDirectSums ? C::kGates * a.hidden : 0;
     s.dw_ih = m.take<Acc>(n * a.input);
     s.dw_hh = m.take<Acc>(n * a.output);
@@ -88,6 +93,7 @@ template <class C, class S> struct Backward {
     o.left = m.take<A>(tiles_sum ? 0 : ceil_div(chunk_rows, kPair<A>) * kLeft * kPair<A>);
     o.columns = m.rows<S>(tiles_sum ? kTilePad : 0, left_ld, tiles_sum);
     o.pair = m.take<Acc>(projected() ? 2 * units * kColumns : 0);
+    o.entering = m.take<Acc>(a.options.any ? 2 * outs * kColumns : 0);
     return o;
   }
   // The second direction's dx, where both directions run at once.
@@ -194,7 +200,7 @@ template <class C, class S> struct Backward {
           output_and_cell(dir, s, t, after, b0, known, n, q, grads);
         }
         me.meet_units();
-        leave(dir, s, grads, clip(min64(size(i + 1), size(i))), n, q, p);
+        leave(dir, s, t, grads, clip(min64(size(i + 1), size(i))), n, q, p);
         after = grads;
       }
       if (tiles_sum && !tiles_h) split(me, dir, s, c, b0, b1);
@@ -226,8 +232,16 @@ template <class C, class S> struct Backward {
   template <class Use>
   SK_INL void output_gradient(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& after, int64_t b0,
                               int64_t known, int64_t n, Range q, const Use& use) const {
+    const OptionMath<S> math(a, dir.d);
     auto direct = [&](int64_t b, int64_t j, int64_t lanes, V value) {
+      if (a.options.any && b < known) value = math.kept(message(math, s, b, j, lanes, value), dir.after(t), b);
       if (a.dy.data) value = value + load(at<const S>(a.dy, a, t, b) + dir.d * a.output + j, lanes);
+      if (a.options.any) math.watch(0, t, b, j / kColumns, value);
+      if (a.options.any && past()) {  // the cell gets its share, the rest goes to the step before
+        V old = a.options.zone_h ? math.zone_h(t, b, j, lanes) * value : V(0);
+        store(old, s.old + b * old_ld + j);
+        value = value - old;
+      }
       use(b, j, lanes, value);
     };
     multiply<kWide>(after.at(b0, kSkip * a.hidden), known - b0, s.w_hh, q.begin, q.end,
@@ -246,9 +260,18 @@ template <class C, class S> struct Backward {
                dh_n ? load(dh_n + (dir.d * a.batch + b) * a.output + j, a.output - j) : V(0));
   }
 
+  // Whether h's gradient goes past the cell as well as through it.
+  bool past() const { return C::kCarry == Carry::kHidden || a.options.zone_h; }
+  // d(loss)/dh, of the h that a step read, from the part of it that the product brings.
+  SK_INL V message(const OptionMath<S>& math, const Shared& s, int64_t b, int64_t j, int64_t lanes, V product) const {
+    V value = math.masked(product, b, j, lanes);
+    return math.clipped(past() ? value + load(s.old + b * old_ld + j) : value);
+  }
+
   // The cell's derivative for one vector of units of row b.
   SK_INL void cell(const Direction& dir, const Shared& s, int64_t t, int64_t b, int64_t j, int64_t lanes, V dh,
                    const Rows<S>& grads) const {
+    const OptionMath<S> math(a, dir.d);
     V saved[C::kSaved ? C::kSaved : 1], grad[C::kGrads], out(0), prev(0), carry(0);
     const int64_t before = dir.before(t, b);
     if (C::kSaved) {
@@ -264,12 +287,28 @@ template <class C, class S> struct Backward {
     if (C::kCarry == Carry::kHidden) {
       const S* h = dir.previous_output<const S>(t, b);
       if (h) prev = load(h + j, lanes);
+      if (a.options.any) prev = math.kept(prev, t, b);
     } else if (C::kCarry == Carry::kCell) {
-      if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
+      if (before >= 0 && a.options.c_all) prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
+      else if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
       else if (a.c0) prev = load((const S*)a.c0 + (dir.d * a.batch + b) * a.hidden + j, lanes);
     }
+    if (C::kCarry == Carry::kCell && a.options.any) prev = math.kept(prev, t, b);
     if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+    V old(0);  // what goes past the cell
+    if (a.options.any && C::kCarry == Carry::kHidden) {
+      old = carry;
+      carry = V(0);
+    } else if (a.options.any && C::kCarry == Carry::kCell) {
+      if (a.options.dc_all) carry = carry + load(math.c_row((const S*)a.options.dc_all, t, b) + j, lanes);
+      if constexpr (C::kCarry == Carry::kCell)
+        if (a.options.flow) math.watch(1, t, b, j / kColumns, C::cell_gradient(saved, dh, carry));
+      if (a.options.zone_c) old = math.zone_c(t, b, j, lanes) * carry;
+      carry = carry - old;
+    }
     C::backward(saved, out, prev, dh, carry, grad);
+    if (a.options.any) carry = carry + old;
+    if (a.options.any && C::kCarry == Carry::kCell) carry = math.kept(math.clipped(carry), t, b);
     if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
     for (int g = 0; g < C::kGrads; ++g) grads.put(grad[g], b, g * a.hidden + j, lanes);
   }
@@ -298,9 +337,11 @@ template <class C, class S> struct Backward {
                     });
   }
 
-  // Initial state's gradient for the rows [begin, end), whose first step in time this was.
-  void leave(const Direction& dir, const Shared& s, const Rows<S>& grads, int64_t begin, int64_t end, Range q,
+  // Initial state's gradient for the rows [begin, end), whose first step in time this, at t, was.
+  void leave(const Direction& dir, const Shared& s, int64_t t, const Rows<S>& grads, int64_t begin,
+             int64_t end, Range q,
              Range p) const {
+    const OptionMath<S> math(a, dir.d);
     S* dh0 = (S*)a.dh0 + dir.d * a.batch * a.output;
     multiply<kWide>(grads.at(begin, kSkip * a.hidden), end - begin, s.w_hh, q.begin, q.end,
                     (const Acc*)nullptr, [&](int64_t panel, int64_t r0, int rows, const Acc* c) {
@@ -309,7 +350,8 @@ template <class C, class S> struct Backward {
                           const int64_t j = panel * kColumns + v * kWidth, b = begin + r0 + r;
                           if (j >= a.output) break;
                           V dh = load(c + r * kColumns + v * kWidth);
-                          if (C::kCarry == Carry::kHidden) dh = dh + load(s.carry + b * carry_ld + j);
+                          if (a.options.any) dh = math.kept(message(math, s, b, j, a.output - j, dh), t, b);
+                          else if (C::kCarry == Carry::kHidden) dh = dh + load(s.carry + b * carry_ld + j);
                           store(dh, dh0 + b * a.output + j, a.output - j);
                         }
                     });
@@ -336,10 +378,16 @@ template <class C, class S> struct Backward {
       return (const S*)at<const S>(a.x, a, t, b);
     });
     t = c.time;
-    pack_rows(in_chunk(s.h, c), 0, outs, a.output, begin, end, [&](int64_t k) {
-      const int64_t b = row_of(k);
-      return dir.previous_output<S>(t, b);
-    });
+    if (a.options.any)
+      pack_rows(in_chunk(s.h, c), 0, outs, outs * kColumns, begin, end, [&](int64_t k) {
+        const int64_t b = row_of(k);
+        return compute_entering(dir, t, b, o.entering + k % 2 * outs * kColumns);
+      });
+    else
+      pack_rows(in_chunk(s.h, c), 0, outs, a.output, begin, end, [&](int64_t k) {
+        const int64_t b = row_of(k);
+        return dir.previous_output<S>(t, b);
+      });
     if (!projected()) return;
     t = c.time;
     pack_rows(in_chunk(s.u, c), 0, units, units * kColumns, begin, end, [&](int64_t k) {
@@ -365,6 +413,16 @@ template <class C, class S> struct Backward {
         if (projected()) copy(s.dp[c.buffer], s.dp_sum[c.buffer], a.starts[t] + b - c.base, a.output);
       }
     }
+  }
+  // h as it went into the product of step t.
+  const Acc* compute_entering(const Direction& dir, int64_t t, int64_t b, Acc* to) const {
+    const S* h = dir.previous_output<const S>(t, b);
+    const OptionMath<S> math(a, dir.d);
+    for (int64_t j = 0; j < outs * kColumns; j += kWidth) {
+      const int64_t lanes = a.output - j;
+      store(h && lanes > 0 ? math.entering(load(h + j, lanes), t, b, j, lanes) : V(0), to + j);
+    }
+    return to;
   }
   template <class Cell = C> auto unprojected(const V* saved) const -> decltype(Cell::unprojected(*(V(*)[5])saved)) {
     return Cell::unprojected(*(V(*)[5])saved);

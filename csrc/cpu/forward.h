@@ -4,6 +4,7 @@
 #pragma once
 #include "../core/cells.h"
 #include "direct.h"
+#include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -133,16 +134,20 @@ template <class C, class S> struct Forward {
       }
   }
 
-  // Initial state of the rows [begin, end), into the buffer that their first step reads.
-  void enter(int d, const Shared& s, int buffer, int64_t begin, int64_t end) const {
+  // Initial state of the rows [begin, end), into the buffer that their first step, at time t, reads.
+  void enter(int d, const Shared& s, int buffer, int64_t t, int64_t begin, int64_t end) const {
     const S* h0 = (const S*)a.h0;
+    const OptionMath<S> math(a, d);
     // What pads a row is multiplied too, by zeros: it must be finite.
     s.h[1 - buffer].clear(begin, end, a.output);
     if (projected()) s.full.clear(begin, end, a.hidden);
     const S* from = C::kCarry == Carry::kHidden ? h0 : (const S*)a.c0;
     const int64_t n = C::kCarry == Carry::kHidden ? a.output : a.hidden;
     for (int64_t b = begin; b < end; ++b) {
-      copy_row(h0 ? h0 + (d * a.batch + b) * a.output : nullptr, s.h[buffer], b, a.output);
+      const S* row = h0 ? h0 + (d * a.batch + b) * a.output : nullptr;
+      copy_row(row, s.h[buffer], b, a.output);
+      for (int64_t j = 0; row && a.options.any && j < a.output; j += kWidth)
+        s.h[buffer].put(math.entering(load(row + j, a.output - j), t, b, j, a.output - j), b, j, a.output - j);
       if (C::kCarry == Carry::kNone) continue;
       for (int64_t j = 0; j < carry_ld; ++j)
         s.carry[b * carry_ld + j] = from && j < n ? Acc(widen(from[(d * a.batch + b) * n + j])) : Acc(0);
@@ -156,7 +161,7 @@ template <class C, class S> struct Forward {
     auto rows_of = [&](int64_t i) { return i < a.steps ? max64(b0, min64(b1, a.sizes[dir.time(i)])) : b1; };
     pack(me, d, s);
     int64_t entered = rows_of(0);
-    if (me.unit_part == 0) enter(d, s, 0, b0, entered);
+    if (me.unit_part == 0) enter(d, s, 0, dir.time(0), b0, entered);
     me.meet_direction();
     for (int64_t i0 = 0; i0 < a.steps; i0 += chunk) {
       const int64_t i1 = min64(i0 + chunk, a.steps);
@@ -172,7 +177,7 @@ template <class C, class S> struct Forward {
         row += n;
         const int64_t next = rows_of(i + 1);
         if (next > entered && i + 1 < a.steps) {
-          if (me.unit_part == 0) enter(d, s, (i + 1) & 1, entered, next);
+          if (me.unit_part == 0) enter(d, s, (i + 1) & 1, dir.time(i + 1), entered, next);
           entered = next;
         }
         me.meet_units();
@@ -210,10 +215,29 @@ template <class C, class S> struct Forward {
     pass();
   }
 
+  // c with its share of the old one, and into c of every step.
+  SK_INL void zone_c(const OptionMath<S>& math, int64_t t, int64_t b, int64_t j, V old, V& c) const {
+    const int64_t lanes = a.hidden - j;
+    if (a.options.zone_c) c = math.mix(math.zone_c(t, b, j, lanes), old, c);
+    if (a.options.c_all) store(c, math.c_row((S*)a.options.c_all, t, b) + j, lanes);
+  }
+  // h with its share of the old one, which a cell that carries h has at hand.
+  SK_INL void zone_h(const Direction& dir, const OptionMath<S>& math, int64_t t, int64_t b, int64_t j, V old,
+                     V& h) const {
+    if (!a.options.zone_h) return;
+    const int64_t lanes = a.output - j;
+    if (C::kCarry != Carry::kHidden) {
+      const S* before = dir.previous_output<const S>(t, b);
+      old = before ? math.kept(load(before + j, lanes), t, b) : V(0);
+    }
+    h = math.mix(math.zone_h(t, b, j, lanes), old, h);
+  }
+
   // The i-th step of rows [b0, end): recurrent product and cell, in the panels p.
   void step(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range p, const Acc* gx) const {
     const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
     const Rows<S>& next = projected() ? s.full : s.h[(i + 1) & 1];
+    const OptionMath<S> math(a, dir.d);
     auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
       for (int r = 0; r < n; ++r) {
         const int64_t b = b0 + r0 + r;
@@ -221,15 +245,21 @@ template <class C, class S> struct Forward {
         for (int u = 0; u < kBlocks; ++u) {
           const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
           if (lanes <= 0) break;
-          V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry;
+          V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry(0);
           for (int g = 0; g < C::kGates; ++g) {
             x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
             h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);
           }
           if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
+          V old = carry = a.options.any ? math.kept(carry, t, b) : carry;
           C::forward(x, h, carry, out, saved);
+          if (a.options.any) {
+            if (C::kCarry == Carry::kCell) zone_c(math, t, b, j, old, carry);
+            if (!projected()) zone_h(dir, math, t, b, j, old, out);
+            if (C::kCarry == Carry::kHidden) carry = out;
+          }
           if (C::kCarry != Carry::kNone) store(carry, s.carry + b * carry_ld + j);
-          next.put(out, b, j);
+          next.put(a.options.any && !projected() ? math.entering(out, dir.time(i + 1), b, j, lanes) : out, b, j);
           if (!projected())
             store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
           if (a.reserve && C::kSaved) {
@@ -249,6 +279,7 @@ template <class C, class S> struct Forward {
   // h = W_hr full, in the output panels q.
   void output(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range q) const {
     const int64_t t = dir.time(i);
+    const OptionMath<S> math(a, dir.d);
     const Rows<S>& next = s.h[(i + 1) & 1];
     multiply<kWide>(s.full.at(b0), end - b0, s.w_hr, q.begin, q.end, (const Acc*)nullptr,
                     [&](int64_t panel, int64_t r0, int n, const Acc* c) {
@@ -257,7 +288,8 @@ template <class C, class S> struct Forward {
                           const int64_t b = b0 + r0 + r, j = panel * wide + v * kWidth, lanes = a.output - j;
                           if (lanes <= 0) break;
                           V out = load(c + r * wide + v * kWidth);
-                          next.put(out, b, j);
+                          if (a.options.any) zone_h(dir, math, t, b, j, V(0), out);
+                          next.put(a.options.any ? math.entering(out, dir.time(i + 1), b, j, lanes) : out, b, j);
                           store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
                         }
                     });

@@ -5,11 +5,15 @@
 #include <string.h>
 #include "backward.h"
 #include "forward.h"
+#include "random.h"
+#include "scan.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
 template <class C, class S> constexpr Kernel kForward{&Forward<C, S>::scratch, &Forward<C, S>::run};
 template <class C, class S> constexpr Kernel kBackward{&Backward<C, S>::scratch, &Backward<C, S>::run};
+
+template <class C, class S> constexpr ScanKernel kScan{&Scan<C, S>::forward, &Scan<C, S>::backward};
 
 template <class T> void math(const char* name, const T* x, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i += Pack<T>::kWidth) {
@@ -58,6 +62,10 @@ template <class S> int64_t burst(int64_t n) {
 extern const CpuKernels kKernels;
 template <class S> constexpr int64_t kMinRows = kParts<S> > 1 ? kTilePad : 4;
 const CpuKernels kKernels = {SK_TEXT(SK_NS), {kMinRows<double>, kMinRows<float>, kMinRows<Bf16>, kMinRows<F16>}, SK_CELLS(kForward), SK_CELLS(kBackward), &math<float>, &math<double>,
-                             {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>}};
+                             {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>},
+                             {&bernoulli<double>, &bernoulli<float>, &bernoulli<Bf16>, &bernoulli<F16>},
+                             {SK_DTYPES(kScan, MinGru<LinearCandidate>), SK_DTYPES(kScan, MinGru<PositiveCandidate>),
+                              SK_DTYPES(kScan, MinLstm<LinearCandidate>), SK_DTYPES(kScan, MinLstm<PositiveCandidate>)},
+                             SK_VEC_BYTES};
 
 }}  // namespace seqkern::SK_NS

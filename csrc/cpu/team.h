@@ -117,6 +117,7 @@ struct Direction {
     const int64_t p = d ? t + 1 : t - 1;
     return p >= 0 && p < a.steps && b < a.sizes[p] ? p : -1;
   }
+  int64_t after(int64_t t) const { return d ? t - 1 : t + 1; }  // forward's next step
   // h_{t-1} of row b: a row of y, of h0, or null for zeros.
   template <class S> const S* previous_output(int64_t t, int64_t b) const {
     const int64_t p = before(t, b);
