@@ -86,7 +86,7 @@ CASES = {
     "tile": Case(TILE, tile, 1, 32, shared_bytes=768),
     "ring": Case(draw(512), lambda x: smooth(x, 9), 8, 64, n=9),
     "ring_barrier": Case(draw(512), lambda x: smooth(x, 9), 8, 64, n=9),
-    "cluster": Case(draw(384), lambda x: np.roll(x.reshape(2, 3, 64), -1, 1).ravel(), 6, 64, shared_bytes=256, cluster=3),
+    "cluster": Case(draw(384), lambda x: np.roll(x.reshape(2, 3, 64), -1, 1).ravel(), 6, 64, 0, 256, 3),
     "mail": Case(draw(128), lambda x: x * 0 + np.tile(x.reshape(4, 32).sum(0), 4), 4, 32, 4, 384, 4),
     "arrive": Case(draw(96), lambda x: x.reshape(2, 48)[:, ::-1].ravel(), 2, 48, shared_bytes=208),
     "take_places": Case(draw(160), np.sort, 5, 32, sorts=True),
@@ -203,8 +203,9 @@ def test_launch_limits(simt):
 
 def edges(bits: np.ndarray, width: int) -> np.ndarray:
     """float32 at, just below and just above every value of a coarser type given as float32 bits."""
-    half = np.uint32(1) << (width - 1)
-    return np.concatenate([bits + d for d in (np.uint32(0), half - 1, half, half + 1)]).astype(np.uint32).view(np.float32)
+    half = 1 << (width - 1)
+    near = np.concatenate([bits + np.uint32(d) for d in (0, half - 1, half, half + 1)])
+    return near.astype(np.uint32).view(np.float32)
 
 
 def test_conversions_round_as_the_device_does(simt):
