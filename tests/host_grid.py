@@ -13,7 +13,7 @@ from seqkern import reference
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # as enum Cell
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum Dtype
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4}
-# Columns of dgates, in multiples of H, for W_ih x + b_ih in order of its gates, and where those for W_hh h + b_hh begin.
+# Columns of dgates, in multiples of H: those for W_ih x + b_ih in order of its gates; where W_hh h + b_hh's begin.
 COLUMNS = {"rnn_tanh": ([0], 0), "rnn_relu": ([0], 0), "lstm": ([0, 1, 2, 3], 0), "gru": ([1, 2, 0], 1)}
 
 
@@ -104,7 +104,7 @@ class _Grid(torch.autograd.Function):
             grads = out[f"dgates{d}"].view(len(rows), -1, hidden)
             of_x, of_h = grads[:, columns].flatten(1), grads[:, skip:].flatten(1)
             dx += product(of_x, w.w_ih).float()
-            before = self_before(y[:, d * hidden : (d + 1) * hidden], h0, d, ctx.sizes)
+            before = states_before(y[:, d * hidden : (d + 1) * hidden], h0, d, ctx.sizes)
             dweights += [product(of_x.t(), rows), product(of_h.t(), before)]
             if w.b_ih is not None:
                 dweights += [of_x.float().sum(0).to(x.dtype), of_h.float().sum(0).to(x.dtype)]
@@ -113,7 +113,7 @@ class _Grid(torch.autograd.Function):
         return None, None, None, None, dx.to(x.dtype).view_as(x), dh0, dc0, *dweights
 
 
-def self_before(y: Tensor, h0: Tensor | None, d: int, sizes: list[int]) -> Tensor:
+def states_before(y: Tensor, h0: Tensor | None, d: int, sizes: list[int]) -> Tensor:
     """The state that each row's step read, [N, H]."""
     steps = y.split(sizes)
     first = y.new_zeros(sizes[0], y.size(1)) if h0 is None else h0[d]

@@ -1,5 +1,7 @@
-"""Changed copies of the grid engine's sources: with planted faults, which must be seen, and with its sizes made small, so
-that small problems reach what large ones do on a GPU (half units in a CTA, weights in shared memory)."""
+"""Changed copies of the grid engine's sources: with planted faults, which must be seen, and with its sizes made small.
+
+Then small problems reach what large ones do on a GPU: half units in a CTA, weights in shared memory.
+"""
 
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 import host
 import pytest
 import test_host_grid
+import torch
 from cases import Case
 
 PRODUCT, FORWARD, BACKWARD, PLANNER = "grid_product.cuh", "grid.cuh", "grid_backward.cuh", "planner.h"
@@ -41,15 +44,15 @@ CHILD = """
     root = Path(sys.argv[1])
     host.ROOT, host.TESTING, host.BUILD = root, root / "csrc" / "testing", root / "build"
     import test_host_grid_builds as t
-    print(t.{function}(*{arguments}))
+    print(t.{function}())
 """
 
 
-def outcome(shape: str | None, cell: str, dtype: str, sms: int) -> str:
-    """What is wrong with CASE, or with a shape of test_host_grid.py: a line for each tensor, or the Fault that ended it."""
-    case, dtype = CASE if shape is None else test_host_grid.case_of(shape, cell), test_host_grid.DTYPES[dtype]
+def outcome() -> str:
+    """What is wrong with CASE: a line for each tensor, or the Fault that ended it."""
     try:
-        return "\n".join(test_host_grid.faults(case, dtype, test_host_grid.evaluate(host.load("grid"), case, dtype, sms)))
+        found = test_host_grid.evaluate(host.load("grid"), CASE, torch.bfloat16, SMS)
+        return "\n".join(test_host_grid.faults(CASE, torch.bfloat16, found))
     except host.load("grid").Fault as fault:
         return f"Fault: {fault}"
 
@@ -68,7 +71,7 @@ def small_outcomes() -> str:
     return "\n".join([*lines, f"units {sorted(units)}"])
 
 
-def run_changed(folder: Path, changes, function: str, *arguments, only: str | None = None) -> str:
+def run_changed(folder: Path, changes, function: str, only: str | None = None) -> str:
     """What `function` of this file returns on a build with `changes`, in a process of its own; only: a cell in bf16."""
     shutil.copytree(host.ROOT / "csrc", folder / "csrc")
     for name, old, new in changes:
@@ -87,7 +90,7 @@ def run_changed(folder: Path, changes, function: str, *arguments, only: str | No
         if not made.name.startswith("grid_module"):
             shutil.copy(made, folder / "build")
     tests = str(Path(__file__).parent)
-    code = textwrap.dedent(CHILD.format(function=function, arguments=arguments))
+    code = textwrap.dedent(CHILD.format(function=function))
     code = f"import sys; sys.path[:0] = [{tests!r}, {str(host.ROOT)!r}]\n" + code
     child = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
@@ -95,18 +98,18 @@ def run_changed(folder: Path, changes, function: str, *arguments, only: str | No
 
 
 def test_nothing_is_wrong_as_it_is():
-    assert outcome(None, "lstm", "bf16", SMS) == ""
+    assert outcome() == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_missing_order_between_threads_is_a_fault(name, tmp_path):
-    found = run_changed(tmp_path, [FAULTS[name]], "outcome", None, "lstm", "bf16", SMS, only="Lstm")
+    found = run_changed(tmp_path, [FAULTS[name]], "outcome", only="Lstm")
     assert found.startswith("Fault: "), found
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_index_is_a_wrong_result(name, tmp_path):
-    found = run_changed(tmp_path, [WRONG[name]], "outcome", None, "lstm", "bf16", SMS, only="Lstm")
+    found = run_changed(tmp_path, [WRONG[name]], "outcome", only="Lstm")
     assert "is off by" in found, found
 
 

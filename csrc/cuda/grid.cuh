@@ -20,7 +20,10 @@ template <class S, int kGates, int kUnits> struct RowsOfGates {
   int64_t hidden, first;
   bool aligned;  // rows begin at multiples of 16 bytes
   SK_DEVICE RowsOfGates(const void* weights, int64_t h, int cta)
-      : w((const S*)weights), hidden(h), first(int64_t(cta) * kUnits), aligned(h % kPieceSize<S> == 0 && (uintptr_t)weights % 16 == 0) {}
+      : w((const S*)weights),
+        hidden(h),
+        first(int64_t(cta) * kUnits),
+        aligned(h % kPieceSize<S> == 0 && (uintptr_t)weights % 16 == 0) {}
   SK_DEVICE Piece operator()(int row, int64_t k) const {
     const int64_t j = first + row % kUnits;
     if (row >= kGates * kUnits || j >= hidden || k >= hidden) return {};

@@ -7,8 +7,8 @@
 // row whose sequence begins here in time (its last step in this order) leaves one step later: the product then is dh0.
 //
 // Expected microseconds per step on an H100, LSTM in 16 bits (an estimate; not measured): as forward, but the exchanged
-// rows are G times as long, kPassRows * 4 * H * 2 bytes to each SM, 1.5 at H = 1024, which is what bounds it: about 3 at
-// H = 1024 and B <= 16, 5 at H = 2048, 1.5 at H = 256.
+// rows are G times as long, kPassRows * 4 * H * 2 bytes to each SM, 1.5 at H = 1024, which is what bounds it: about 3
+// at H = 1024 and B <= 16, 5 at H = 2048, 1.5 at H = 256.
 #pragma once
 #include "grid_product.cuh"
 
@@ -22,9 +22,8 @@ template <class S, int kGates> struct ColumnsOfUnits {
     const int64_t j = first + row;
     const int64_t producer = k / (kGates * kFullUnits), gate = k / kFullUnits % kGates, unit = k % kFullUnits;
     const int64_t i = producer * kFullUnits + unit;
-    return piece_of<S>([&](int e) {
-      return j < hidden && i + e < hidden ? load(w + (gate * hidden + i + e) * hidden + j) : 0.f;
-    });
+    return piece_of<S>(
+        [&](int e) { return j < hidden && i + e < hidden ? load(w + (gate * hidden + i + e) * hidden + j) : 0.f; });
   }
 };
 

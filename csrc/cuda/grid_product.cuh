@@ -1,19 +1,20 @@
 // What the forward and backward passes of the `grid` engine share: a CTA's place in the plan, and the product of the
 // weights that it keeps on chip with rows that all CTAs of its tile wrote one step before.
 //
-// The exchange. Rows lie in the workspace twice: a step reads one copy and writes the other. A CTA publishes its columns
-// of a pass with one flag: its threads store, the block meets, one thread stores the flag with release. A warp polls the
-// flags of those CTAs alone whose columns it multiplies, a lane each, with acquire; what follows reads through L2
-// (ld.cg), never a stale line of L1. Two copies are enough: who overwrites the copy of step i - 1 in step i has seen all
-// flags of step i - 1, and each of them was set after its CTA's last read of that copy. Flags count up from the
-// zeros that are written on the stream before the launch, so that a replayed CUDA graph begins afresh.
-// A CTA waits for others of its tile only, and all CTAs of a launch are resident (checked before it): no deadlock.
+// The exchange. Rows lie in the workspace twice: a step reads one copy and writes the other. A CTA publishes its
+// columns of a pass with one flag: its threads store, the block meets, one thread stores the flag with release. A warp
+// polls the flags of those CTAs alone whose columns it multiplies, a lane each, with acquire; what follows reads
+// through L2 (ld.cg), never a stale line of L1. Two copies are enough: who overwrites the copy of step i - 1 in step i
+// has seen all flags of step i - 1, and each of them was set after its CTA's last read of that copy. Flags count up
+// from the zeros that are written on the stream before the launch, so that a replayed CUDA graph begins afresh. A CTA
+// waits for others of its tile only, and all CTAs of a launch are resident (checked before it): no deadlock.
 //
 // Fragments. The order of K within a product is free as long as both operands agree. Lane (group, quarter) takes bytes
 // [16 quarter, +16) of each chunk of a row: the b registers of two mma steps in one 16-byte load straight from L2, in
-// whole 32-byte sectors, with no staging in shared memory; the same bytes of two rows of the weights are the a registers.
-// It is the same for 16-bit elements (m16n8k16) and TF32 (m16n8k8). Weights beyond the registers lie in shared memory as
-// each lane's own 16-byte pieces: a warp reads 512 contiguous bytes, and no thread reads what another wrote.
+// whole 32-byte sectors, with no staging in shared memory; the same bytes of two rows of the weights are the a
+// registers. It is the same for 16-bit elements (m16n8k16) and TF32 (m16n8k8). Weights beyond the registers lie in
+// shared memory as each lane's own 16-byte pieces: a warp reads 512 contiguous bytes, and no thread reads what another
+// wrote.
 #pragma once
 #include <string.h>
 
@@ -40,8 +41,12 @@ struct GridArgs {
 
 namespace {
 
-struct alignas(16) Piece { uint32_t v[4]; };
-struct alignas(8) Pair { float x, y; };
+struct alignas(16) Piece {
+  uint32_t v[4];
+};
+struct alignas(8) Pair {
+  float x, y;
+};
 
 template <class S> constexpr int kPieceSize = 16 / int(sizeof(S));  // elements
 template <class S> constexpr int kChunkSize = kChunkBytes / int(sizeof(S));
@@ -60,7 +65,9 @@ template <class S> struct Operand {
 };
 template <> struct Operand<float> {
   static SK_DEVICE float of(float x) { return reinterpret<float>(to_tf32(x)); }
-  static SK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k8_tf32(d, a, b); }
+  static SK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k8_tf32(d, a, b);
+  }
 };
 
 template <class S> SK_DEVICE float load(const S* p) { return to_float(*p); }
@@ -101,8 +108,8 @@ template <int kUnits> struct Own {
   }
 };
 
-// The rows of a step: [start, end) of all; row b of the batch is start + b. What was loaded is not looked at before it is
-// asked for, a step later.
+// The rows of a step: [start, end) of all; row b of the batch is start + b. What was loaded is not looked at before it
+// is asked for, a step later.
 struct StepRows {
   int64_t start, end;
   SK_DEVICE int rows() const { return int(end - start); }
@@ -154,7 +161,8 @@ SK_DEVICE int swizzle(int row, int n) { return n ^ (((row >> 2 & 1) << 2) | ((ro
 
 // Sum over the warps' parts, in their order, of row `m` of the product and row `n` of the pass.
 template <int kMTiles> SK_DEVICE float total(const float* sums, int warps, int m, int n) {
-  const float* s = sums + ((n / 8) * kMTiles + m / kTileRows) * 128 + (m % kTileRows) * 8 + swizzle(m % kTileRows, n % 8);
+  const float* s =
+      sums + ((n / 8) * kMTiles + m / kTileRows) * 128 + (m % kTileRows) * 8 + swizzle(m % kTileRows, n % 8);
   float sum = 0;
   for (int w = 0; w < warps; ++w) sum += s[w * (2 * kMTiles * 128)];
   return sum;
@@ -162,9 +170,9 @@ template <int kMTiles> SK_DEVICE float total(const float* sums, int warps, int m
 
 // One warp's part of the product: kMTiles tiles of weights by its slice of K.
 template <class S, int kMTiles> struct Multiplier {
-  static constexpr int kHeld = held_chunks(kMTiles);           // chunks in registers
-  static constexpr int kAhead = kMTiles == 3 ? 3 : 4;  // of the operand, loaded at once
-  static constexpr int kAheadSpilled = 2;
+  static constexpr int kHeld = held_chunks(kMTiles);  // chunks whose weights lie in registers
+  // Chunks of the operand loaded at once, beside weights in registers and in shared memory: as many as do not spill.
+  static constexpr int kAhead = kMTiles == 3 ? 3 : 4, kAheadSpilled = kMTiles == 3 ? 1 : 2;
   uint32_t held[kHeld][kMTiles][2][4];
   Piece* spilled;  // [chunks - kHeld][kMTiles][2][32]
   int first, chunks;
@@ -202,7 +210,9 @@ template <class S, int kMTiles> struct Multiplier {
       a[s][3] = high.v[2 * s + 1];
     }
   }
-  SK_DEVICE Piece* spilled_at(int c, int m, int s) const { return spilled + (((c - kHeld) * kMTiles + m) * 2 + s) * 32; }
+  SK_DEVICE Piece* spilled_at(int c, int m, int s) const {
+    return spilled + (((c - kHeld) * kMTiles + m) * 2 + s) * 32;
+  }
 
   // CTAs that publish the elements of this warp's slice, `each` elements a CTA.
   SK_DEVICE void wait(const Place& at, int pass, int each, int value) const {
@@ -264,7 +274,9 @@ template <class S, int kMTiles> struct Multiplier {
             }
           }
   }
-  template <bool kInRegisters> SK_DEVICE bool in_part(int c) const { return (!kInRegisters || c < kHeld) && c < chunks; }
+  template <bool kInRegisters> SK_DEVICE bool in_part(int c) const {
+    return (!kInRegisters || c < kHeld) && c < chunks;
+  }
   template <bool kInRegisters> SK_DEVICE void weights_of(int c, int m, int s, uint32_t (&a)[4]) const {
     if (kInRegisters) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Problem and device -> which engine runs, on which tiles. Pure arithmetic: no torch, no CUDA, no library. The only place
-// that knows limits of architectures, and the only place where tile sizes stand.
+// Problem and device -> which engine runs, on which tiles. Pure arithmetic: no torch, no CUDA, no library. The only
+// place that knows limits of architectures, and the only place where tile sizes stand.
 //
 // The grid engine's work split. The hidden units of a direction are cut over CTAs: each keeps the weights of its own
 // units on chip for the whole call. The batch is cut into tiles; each tile has CTAs of its own, which meet nobody else.
@@ -27,19 +27,19 @@ namespace seqkern { namespace cuda {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kProductWarps = kWarps;  // that K is shared out to
-constexpr int kTileRows = 16;      // M of an mma
-constexpr int kPassRows = 16;      // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
-constexpr int kMaxPasses = 8;      // of a batch tile
-constexpr int kChunkBytes = 64;    // two mma steps along K: 32 elements of 16 bits, 16 of 32
+constexpr int kTileRows = 16;          // M of an mma
+constexpr int kPassRows = 16;          // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
+constexpr int kMaxPasses = 8;          // of a batch tile
+constexpr int kChunkBytes = 64;        // two mma steps along K: 32 elements of 16 bits, 16 of 32
 // Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile two fewer:
 // more of the operand is then under way at a time.
 constexpr int kHeldTiles = 16;
-constexpr int kFragmentBytes = 1024;  // an M tile and a chunk, a warp: 32 bytes a lane
+constexpr int kFragmentBytes = 1024;            // an M tile and a chunk, a warp: 32 bytes a lane
 constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
-constexpr int kMinSteps = 2;       // below, loading the weights on chip does not pay: one step reads them once anyway
-constexpr int kMinCc = 80;         // mma of bf16 and tf32
+constexpr int kMinSteps = 2;  // below, loading the weights on chip does not pay: one step reads them once anyway
+constexpr int kMinCc = 80;    // mma of bf16 and tf32
 constexpr int64_t kMaxSteps = (int64_t(1) << 31) - 16;  // flags are ints and count steps
-constexpr int kReservedShared = 1024;  // of a block's shared memory, by the system
+constexpr int kReservedShared = 1024;                   // of a block's shared memory, by the system
 
 enum class Engine : int { kStep = 0, kGrid, kCluster };  // kCluster: not offered yet
 constexpr const char* engine_name(Engine e) {
@@ -58,18 +58,18 @@ struct Device {
 struct Shape {
   Cell cell;
   Dtype dtype;
-  bool tf32;       // kF32 only: products may round their operands to TF32
+  bool tf32;                                         // kF32 only: products may round their operands to TF32
   int64_t steps, batch, hidden, output, directions;  // output: P, or H without a projection
   bool packed;
 };
 
 struct Plan {
   Engine engine;
-  const char* why;     // a reason for the engine, to be shown to the user
-  int directions;      // that run in one launch; fewer than the layer's: launches one after the other
-  int tiles;           // of the batch, a direction
-  int batch_tile;      // rows of a tile, the last may have fewer
-  int ctas;            // of a tile
+  const char* why;  // a reason for the engine, to be shown to the user
+  int directions;   // that run in one launch; fewer than the layer's: launches one after the other
+  int tiles;        // of the batch, a direction
+  int batch_tile;   // rows of a tile, the last may have fewer
+  int ctas;         // of a tile
   int units_per_cta;
   int threads;
   int64_t shared_bytes;     // a CTA, dynamic
@@ -101,7 +101,9 @@ struct Product {
 };
 
 // A tile's workspace: the exchanged rows [2][passes * kPassRows][row_bytes], then the flags [passes][ctas].
-SK_PLAN constexpr int64_t exchange_bytes(const Product& p, int64_t passes) { return 2 * passes * kPassRows * p.row_bytes; }
+SK_PLAN constexpr int64_t exchange_bytes(const Product& p, int64_t passes) {
+  return 2 * passes * kPassRows * p.row_bytes;
+}
 SK_PLAN constexpr int64_t tile_bytes(const Product& p, int64_t passes, int64_t ctas) {
   return exchange_bytes(p, passes) + ceil_div(passes * ctas * 4, 128) * 128;
 }
@@ -139,8 +141,11 @@ inline Plan tiles_for(const Shape& s, const Device& d, const Kind& kind, int uni
     const int64_t shared = shared_bytes(kind, p, int(passes));
     if (shared > d.shared_per_block || shared + kReservedShared > d.shared_per_sm)
       return step_plan("step: the recurrent weights do not fit in registers and shared memory of the GPU");
-    return {Engine::kGrid, "grid: recurrent weights stay on chip", int(directions), int(tiles), int(rows), int(ctas),
-            units, kThreads, shared, s.directions * tiles * tile_bytes(p, passes, ctas)};
+    return {Engine::kGrid,   "grid: recurrent weights stay on chip",
+            int(directions), int(tiles),
+            int(rows),       int(ctas),
+            units,           kThreads,
+            shared,          s.directions * tiles * tile_bytes(p, passes, ctas)};
   }
   return step_plan("step: the batch is large enough for one product per step");
 }
@@ -160,13 +165,15 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates.
   const detail::Kind kind{backward, gates, int(lstm || gru), bytes};
   Plan full = tiles_for(s, d, kind, kFullUnits);
-  // Half the units in a CTA halve its product. It pays where the product is more than a chunk for each warp, SMs would be
-  // idle and no tile of the batch grows for it. A cell of one gate has nothing to halve: its M tile would be half empty.
+  // Half the units in a CTA halve its product. It pays where the product is more than a chunk for each warp, SMs would
+  // be idle and no tile of the batch grows for it. A cell of one gate has nothing to halve: its M tile would be half
+  // empty.
   if (full.engine != Engine::kGrid || backward || gates == 1 || full.batch_tile > kPassRows ||
       kind.product(s.hidden, kFullUnits).warp_chunks < 2)
     return full;
   const Plan half = tiles_for(s, d, kind, kHalfUnits);
-  const bool pays = half.engine == Engine::kGrid && half.directions == full.directions && half.batch_tile == full.batch_tile;
+  const bool pays =
+      half.engine == Engine::kGrid && half.directions == full.directions && half.batch_tile == full.batch_tile;
   return pays ? half : full;
 }
 

@@ -12,8 +12,12 @@ namespace seqkern {
 constexpr uint32_t kWarpMask = 0xffffffffu;
 
 // 16-bit storage. Arithmetic is done in float.
-struct bf16 { uint16_t bits; };
-struct half_t { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct half_t {
+  uint16_t bits;
+};
 
 }  // namespace seqkern
 
@@ -24,7 +28,7 @@ struct half_t { uint16_t bits; };
 #define SK_DEVICE __device__ __forceinline__
 
 // Dynamic shared memory as `type* name`, 128-byte aligned. One declaration a kernel: every one names the same bytes.
-#define SK_SHARED(type, name)                                   \
+#define SK_SHARED(type, name)                                  \
   extern __shared__ __align__(128) unsigned char sk_dynamic[]; \
   type* const name = reinterpret_cast<type*>(sk_dynamic)
 // `count` elements that a block has beside its dynamic shared memory. Not initialised.
@@ -171,10 +175,9 @@ template <> SK_DEVICE void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)
 }
 template <> SK_DEVICE void mma_m16n8k16<half_t>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   __trap();
 #endif
@@ -285,7 +288,8 @@ SK_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
 }
 SK_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("{\n\t.reg .b64 s;\n\tmbarrier.arrive.shared.b64 s, [%0];\n\t}" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("{\n\t.reg .b64 s;\n\tmbarrier.arrive.shared.b64 s, [%0];\n\t}" ::"r"(shared_address(barrier))
+               : "memory");
 #else
   __trap();
 #endif
@@ -293,10 +297,10 @@ SK_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 // Arrives, and has this phase wait for `bytes` more.
 SK_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n\t.reg .b64 s;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;\n\t}" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{\n\t.reg .b64 s;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #else
   __trap();
 #endif
@@ -312,11 +316,11 @@ SK_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 #elif __CUDA_ARCH__ >= 800
   uint32_t over;
-  do asm volatile(
-      "{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(over)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  do
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
   while (!over);
 #else
   __trap();
@@ -334,7 +338,8 @@ SK_DEVICE uint32_t cluster_address(const void* p) {
 // On another block's barrier, from map_shared.
 SK_DEVICE void mbarrier_arrive_remote(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier))
+               : "memory");
 #else
   __trap();
 #endif

@@ -4,14 +4,17 @@
 
 namespace seqkern { namespace host {
 
-struct Stack { char* bottom; int64_t bytes; };
+struct Stack {
+  char* bottom;
+  int64_t bytes;
+};
 Stack take_stack();  // below it lies a page that faults
 void give_back(Stack stack);
 
 struct Context {
   void* sp = nullptr;
-  Stack stack{};        // the stack it runs on; of the thread that started it all: as the sanitizer says
-  void* fake = nullptr; // AddressSanitizer's own
+  Stack stack{};         // the stack it runs on; of the thread that started it all: as the sanitizer says
+  void* fake = nullptr;  // AddressSanitizer's own
 };
 
 // Makes `context` one that starts with entry() on its stack. entry() must not return.

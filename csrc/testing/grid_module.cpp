@@ -12,19 +12,22 @@
 
 namespace py = pybind11;
 
-namespace seqkern { namespace cuda {
-namespace {
+namespace seqkern { namespace cuda { namespace {
 
 template <class T> T get(const py::dict& d, const char* name) { return d[name].template cast<T>(); }
 
 Shape shape_of(const py::dict& d) {
-  return {Cell(get<int>(d, "cell")),        Dtype(get<int>(d, "dtype")),    get<bool>(d, "tf32"),
-          get<int64_t>(d, "steps"),         get<int64_t>(d, "batch"),       get<int64_t>(d, "hidden"),
-          get<int64_t>(d, "output"),        get<int64_t>(d, "directions"),  get<bool>(d, "packed")};
+  return {Cell(get<int>(d, "cell")), Dtype(get<int>(d, "dtype")),   get<bool>(d, "tf32"),
+          get<int64_t>(d, "steps"),  get<int64_t>(d, "batch"),      get<int64_t>(d, "hidden"),
+          get<int64_t>(d, "output"), get<int64_t>(d, "directions"), get<bool>(d, "packed")};
 }
 Device device_of(const py::dict& d) {
-  return {get<int>(d, "sms"),           get<int>(d, "cc"),               get<int>(d, "shared_per_block"),
-          get<int>(d, "shared_per_sm"), get<int>(d, "registers_per_sm"), get<int>(d, "threads_per_sm")};
+  return {get<int>(d, "sms"),
+          get<int>(d, "cc"),
+          get<int>(d, "shared_per_block"),
+          get<int>(d, "shared_per_sm"),
+          get<int>(d, "registers_per_sm"),
+          get<int>(d, "threads_per_sm")};
 }
 py::dict plan_of(const py::dict& shape, const py::dict& device, bool backward) {
   const Plan p = (backward ? plan_backward : plan_forward)(shape_of(shape), device_of(device));
@@ -113,8 +116,7 @@ void launch(const Recurrence& r, const Plan& p, bool backward, uint64_t seed) {
   if (!kernel) throw std::invalid_argument("grid: no kernel for this cell, dtype and plan");
   for (int d = 0; d < int(r.layer.directions); d += p.directions) {
     const GridArgs args{r, d, p.tiles, p.batch_tile, p.ctas};
-    host_launch(kernel, {unsigned(p.grid())}, {unsigned(p.threads)},
-                p.shared_bytes, seed + d, args);
+    host_launch(kernel, {unsigned(p.grid())}, {unsigned(p.threads)}, p.shared_bytes, seed + d, args);
   }
 }
 

@@ -17,10 +17,10 @@
 // Inlined, as on the device, and because GCC's instrumentation (memory.h) leaves out where a call stores its result.
 #define SK_DEVICE inline __attribute__((always_inline))
 #define SK_SHARED(type, name) type* const name = static_cast<type*>(::seqkern::host::dynamic_shared())
-#define SK_SHARED_STATIC(type, name, count)                                                             \
-  static const char name##_key = 0;                                                                     \
-  type(&name)[count] = *static_cast<type(*)[count]>(                                                    \
-      ::seqkern::host::static_shared(&name##_key, #name, sizeof(type[count])))
+#define SK_SHARED_STATIC(type, name, count) \
+  static const char name##_key = 0;         \
+  type(&name)[count] =                      \
+      *static_cast<type(*)[count]>(::seqkern::host::static_shared(&name##_key, #name, sizeof(type[count])))
 
 #define threadIdx (::seqkern::host::self->thread)
 #define blockIdx (::seqkern::host::self->block)
@@ -31,8 +31,12 @@ namespace seqkern {
 
 namespace host {
 
-struct Index { unsigned x = 1, y = 1, z = 1; };
-struct Self { Index thread, block, block_dim, grid_dim; };
+struct Index {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct Self {
+  Index thread, block, block_dim, grid_dim;
+};
 extern const Self* self;  // of the running thread
 
 using Site = std::source_location;
@@ -48,7 +52,10 @@ void* static_shared(const void* key, const char* name, int64_t bytes);
 enum class WarpOp { kSync, kShfl, kShflXor, kShflDown, kBallot, kMma, kLdmatrix };
 void warp_meet(WarpOp op, uint32_t mask, void* lane, void (*all)(void* const* lanes), const Site& at);
 
-template <class T> struct Shuffled { T value, result; int by; };
+template <class T> struct Shuffled {
+  T value, result;
+  int by;
+};
 // The result of lane i is the value of lane from(i, by).
 template <class T, int (*from)(int, int)> void shuffle_all(void* const* lanes) {
   for (int i = 0; i < 32; ++i) {
@@ -69,7 +76,10 @@ template <class T, int (*from)(int, int)> T shuffle(WarpOp op, T value, int by, 
   return lane.result;
 }
 
-struct Fragments { float* d; const uint32_t *a, *b; };
+struct Fragments {
+  float* d;
+  const uint32_t *a, *b;
+};
 void mma(const Fragments& lane, void (*all)(void* const* lanes), const Site& at);
 void mma_bf16(void* const* lanes);
 void mma_f16(void* const* lanes);

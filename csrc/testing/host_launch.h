@@ -1,8 +1,8 @@
 // Runs a kernel's source on the host: one fiber for each CUDA thread, all blocks of the grid at the same time. Which
 // fiber goes on at a barrier, a wait or any other meeting is drawn from a seed.
 //
-// Every access of a kernel to shared memory and to Global memory is checked (testing/memory.h). These end a launch with a
-// Fault that names the block, the thread and the place in the source:
+// Every access of a kernel to shared memory and to Global memory is checked (testing/memory.h). These end a launch with
+// a Fault that names the block, the thread and the place in the source:
 //   - a barrier that some threads of the block do not reach: they ended, or wait at another one
 //   - all threads that are left wait (deadlock)
 //   - shared or Global memory out of range or misaligned
@@ -19,9 +19,12 @@
 
 #include "../cuda/simt.cuh"
 
-namespace seqkern { namespace host {
+namespace seqkern {
+namespace host {
 
-struct Fault : std::runtime_error { using std::runtime_error::runtime_error; };
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 struct Launch {
   Index grid, block;

@@ -124,9 +124,8 @@ void* allocate(const std::string& name, int64_t bytes) {
   ASAN_UNPOISON_MEMORY_REGION(p, size_t(bytes));
   ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(begin + uintptr_t(bytes)), kPoison);
   memset(p, 0xff, size_t(bytes));  // NaN in every floating-point type
-  each_cell(p, bytes, [](Cell& c, uint8_t inside, uintptr_t) {
-    c = {0, 0, kNoThread, kNoThread, inside, 0, 0, false};
-  });
+  each_cell(p, bytes,
+            [](Cell& c, uint8_t inside, uintptr_t) { c = {0, 0, kNoThread, kNoThread, inside, 0, 0, false}; });
   return p;
 }
 
@@ -178,8 +177,7 @@ void check(const void* p, int64_t bytes, Access access, const void* address) {
       report(p, bytes, access, address, r && !r->closed.empty() ? r->closed : "out of range");
     }
     if (c.pending & mask) report(p, bytes, access, address, "an asynchronous copy to them is not finished");
-    if (needs_value && (c.written & mask) != mask)
-      report(p, bytes, access, address, "nothing was written there");
+    if (needs_value && (c.written & mask) != mask) report(p, bytes, access, address, "nothing was written there");
     if (!(atomic && c.atomic) && !ordered(a, c.writer, c.write_clock))
       report(p, bytes, access, address, "race with a write by " + thread_name(c.writer));
     if (write) {

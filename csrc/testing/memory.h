@@ -1,9 +1,9 @@
 // The memory that is checked: shared memory of every block, and Global buffers. It lies in one reserved range, with a
 // Cell for every two bytes beside it.
 //
-// The sources that hold kernels are compiled with -fsanitize=thread, which calls a function before every load and store.
-// Those functions are defined in memory.cpp, in place of the sanitizer's own run time, and look the cell up. Under
-// AddressSanitizer, which excludes that, what lies between the buffers is poisoned, and nothing else is known.
+// The sources that hold kernels are compiled with -fsanitize=thread, which calls a function before every load and
+// store. Those functions are defined in memory.cpp, in place of the sanitizer's own run time, and look the cell up.
+// Under AddressSanitizer, which excludes that, what lies between the buffers is poisoned, and nothing else is known.
 //
 // Order is told by vector clocks. A thread counts up where it hands over to others (barriers, releases), and
 // knows for every thread up to which count it has seen that one's work.
@@ -49,8 +49,8 @@ void close_region(void* p, const std::string& reason);
 // `address`: of the code after the access, or null.
 void check(const void* p, int64_t bytes, Access access, const void* address = nullptr);
 void check_aligned(const void* p, int64_t bytes, Access access, const void* address = nullptr);
-void mark_written(void* p, int64_t bytes);               // by the host
-int64_t first_unwritten(const void* p, int64_t bytes);   // -1: none
+void mark_written(void* p, int64_t bytes);              // by the host
+int64_t first_unwritten(const void* p, int64_t bytes);  // -1: none
 // An asynchronous copy: `begin` is a write by the running thread, after which nobody may touch the bytes until `end`,
 // as of count `now` of thread `id`.
 void begin_copy(void* p, int64_t bytes, const void* address);

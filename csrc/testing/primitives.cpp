@@ -71,7 +71,10 @@ void block_sync(const Site& at) { run_now->meet(run_now->running().block->meetin
 void warp_sync(uint32_t mask, const Site& at) { host::warp_meet(host::WarpOp::kSync, mask, nullptr, nullptr, at); }
 
 namespace {
-struct Vote { bool x; uint32_t result; };
+struct Vote {
+  bool x;
+  uint32_t result;
+};
 void vote(void* const* lanes) {
   uint32_t result = 0;
   for (int i = 0; i < 32; ++i)
@@ -167,9 +170,11 @@ void* static_of(Block& block, const void* key, const char* name, int64_t bytes) 
   for (const Static& s : block.statics)
     if (s.key == key) return s.memory;
   const Index& i = run_now->running().self.block;
-  block.statics.push_back({key, allocate(std::string(name) + " of block (" + std::to_string(i.x) + ", " +
-                                             std::to_string(i.y) + ", " + std::to_string(i.z) + ")",
-                                         bytes), bytes});
+  block.statics.push_back({key,
+                           allocate(std::string(name) + " of block (" + std::to_string(i.x) + ", " +
+                                        std::to_string(i.y) + ", " + std::to_string(i.z) + ")",
+                                    bytes),
+                           bytes});
   return block.statics.back().memory;
 }
 }  // namespace
@@ -235,7 +240,10 @@ void mma_tf32(void* const* lanes) {
 }
 
 namespace {
-struct Rows { const void* row; uint32_t* r; };
+struct Rows {
+  const void* row;
+  uint32_t* r;
+};
 template <bool kTrans> void load_matrices(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int m = 0; m < 4; ++m) {
@@ -282,7 +290,8 @@ void cluster_sync(const Site& at) { run_now->meet(*run_now->running().block->clu
 
 // ---- mbarriers. Their state lies beside the 8 bytes, which hold a mark.
 
-namespace host { namespace {
+namespace host {
+namespace {
 
 constexpr uint64_t kMark = 0x6d62617272696572;
 

@@ -88,7 +88,8 @@ Run::Run(const Launch& l, const std::function<void()>& body)
   for (size_t b = 0; b < block_count; ++b) {
     const size_t rank = b % cluster;
     void* shared = allocate("shared memory of block " + text(unravel(b, l.grid)), l.shared_bytes);
-    blocks.push_back({{"block_sync", threads, {}, {}}, &clusters_[b / cluster], int(rank), int(b - rank), threads, shared, {}});
+    blocks.push_back(
+        {{"block_sync", threads, {}, {}}, &clusters_[b / cluster], int(rank), int(b - rank), threads, shared, {}});
   }
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& f = fibers[i];
@@ -169,7 +170,8 @@ void Run::end(Fiber& f) {
   Warp& w = *f.warp;
   for (const WarpCall& c : w.calls)
     if (c.mask & bit(f.lane))
-      fail("ends, while other lanes of its warp wait for it in " + std::string(kWarpOps[int(c.op)]) + " at " + text(c.at));
+      fail("ends, while other lanes of its warp wait for it in " + std::string(kWarpOps[int(c.op)]) + " at " +
+           text(c.at));
   for (Meeting* m : {&f.block->meeting, f.block->cluster}) {
     if (!m->here.empty())
       fail("divergent barrier: ends, while " + name(*m->here[0]) + " waits for it in " + m->name + " at " +
@@ -288,7 +290,8 @@ void Run::wake(const void* key) {
 }
 
 void Run::meet(Meeting& m, const Site& at) {
-  if (m.ended) fail("divergent barrier: in " + std::string(m.name) + " at " + text(at) + ", but " + name(*m.ended) + " has ended");
+  if (m.ended)
+    fail("divergent barrier: in " + std::string(m.name) + " at " + text(at) + ", but " + name(*m.ended) + " has ended");
   if (!m.here.empty() && m.here[0]->at.line() != at.line())
     fail("divergent barrier: in " + std::string(m.name) + " at " + text(at) + ", while " + name(*m.here[0]) +
          " is in the one at " + text(m.here[0]->at));
@@ -318,7 +321,8 @@ void Run::warp_meet(WarpOp op, uint32_t mask, void* lane, void (*all)(void* cons
     if (same) i = c;
     else if (call.mask & bit(f.lane) && call.arrived & mask)  // each waits for the other
       fail("divergent warp: in " + what + " at " + text(at) + ", while lane " +
-           std::to_string(__builtin_ctz(call.arrived & mask)) + " is in " + kWarpOps[int(call.op)] + " at " + text(call.at));
+           std::to_string(__builtin_ctz(call.arrived & mask)) + " is in " + kWarpOps[int(call.op)] + " at " +
+           text(call.at));
   }
   if (i == w.calls.size()) w.calls.push_back({op, mask, 0, at, {}});
   WarpCall& call = w.calls[i];

@@ -11,7 +11,10 @@ namespace seqkern { namespace host {
 struct Warp;
 struct Block;
 
-struct Copy { void* to; const void* from; };  // cp.async: 16 bytes
+struct Copy {
+  void* to;
+  const void* from;
+};  // cp.async: 16 bytes
 
 struct Fiber : Actor {
   Self self;
@@ -49,7 +52,11 @@ struct Meeting {
   std::vector<Fiber*> here;
 };
 
-struct Static { const void* key; void* memory; int64_t bytes; };
+struct Static {
+  const void* key;
+  void* memory;
+  int64_t bytes;
+};
 
 struct Block {
   Meeting meeting;
@@ -60,11 +67,16 @@ struct Block {
   std::vector<Static> statics;
 };
 
-struct RemoteStore { void* to; std::string value; uint16_t sender; uint32_t now; };
+struct RemoteStore {
+  void* to;
+  std::string value;
+  uint16_t sender;
+  uint32_t now;
+};
 
 struct Mbarrier {
   int arrivals, pending, phase = 0;
-  int64_t bytes = 0;               // expected and not yet on the way
+  int64_t bytes = 0;                // expected and not yet on the way
   std::vector<RemoteStore> stores;  // on the way
   ClockPtr gathering, complete;     // what those who arrived in this phase, and in the last, had seen
 };

@@ -62,9 +62,13 @@ __global__ void reverse_static(Args a) {
   a.y[global_thread()] = *from * float(other[0]);
 }
 
-struct alignas(16) Quad { float v[4]; };
+struct alignas(16) Quad {
+  float v[4];
+};
 SK_DEVICE Quad quad_of(const float* x) { return {{x[0], x[1], x[2], x[3]}}; }
-template <class S> struct alignas(4) Pair { S v[2]; };
+template <class S> struct alignas(4) Pair {
+  S v[2];
+};
 
 // y = x with each block's elements in reverse order, four to a thread; through structs that functions return, and bf16.
 __global__ void quads(Args a) {
