@@ -32,7 +32,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA["avx2"] = avx2 + ["-DSK_VEC_BYTES=32"]
     ISA["avx512"] = avx512 + ["-DSK_VEC_BYTES=64"]
     ISA["avx512_bf16"] = avx512 + ["-mavx512bf16", "-DSK_BF16_DOT", "-DSK_VEC_BYTES=64"]
-    ISA["amx"] = avx512 + ["-mamx-tile", "-mamx-bf16", "-DSK_AMX", "-DSK_VEC_BYTES=64"]
+    ISA["amx"] = avx512 + ["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DSK_AMX", "-DSK_VEC_BYTES=64"]
     STABLE.append("-DSK_X86")
 
 

@@ -2,10 +2,11 @@
 // that brings d(loss)/dh back through W_hh, with the cell's derivative on its tiles; the gate gradients of the chunk
 // stay in a buffer. Then, from that buffer, dx = dgates W_ih and the sums over rows dW = dgates^T [x, h], db.
 //
-// The chunk buffer alternates, so that one meeting of the threads per chunk is enough: a thread may begin the next
-// chunk's steps while others still sum this one's weights. Sums run in a fixed order: results repeat bit for bit.
+// The buffer of gate gradients alternates: a thread may begin the next chunk's steps while others still sum this one's
+// weights. Sums run in a fixed order: results repeat bit for bit.
 #pragma once
 #include "../core/cells.h"
+#include "direct.h"
 #include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
@@ -17,7 +18,7 @@ template <class C, class S> struct Backward {
   static constexpr int kWidth = V::kWidth, kColumns = kWide * kWidth, kTile = tile_rows(kWide);
   static constexpr int kSkip = C::kGrads - C::kGates;  // where the columns of the hidden side begin
   static constexpr int kLeft = 8;  // tile rows, padded to what one load takes
-  static constexpr int64_t kChunkRows = 256, kPanelBlock = 512 << 10;
+  static constexpr int64_t kChunkRows = 256, kPanelBlock = (kParts<S> ? 1024 : 512) << 10;
   using Part = typename PartOf<S>::Type;
   static_assert(kTile <= kLeft);
 
@@ -31,7 +32,7 @@ template <class C, class S> struct Backward {
     Rows<S> grads[2];            // [chunk_rows][ldg] gate gradients, columns as the cell orders them
     Rows<S> dp[2];               // [chunk_rows][ldp] d(loss)/dh of a projected output
     Rows<S> grads_sum[2], dp_sum[2];  // the same in the form that sums take, where that is another
-    Panels<S> x[2], h[2], u[2];  // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
+    Panels<S> x, h, u;           // [rows of the chunk, I], [.., P], [.., H] (unprojected output): sums of dW
     Acc* carry;                  // [B][carry_ld]
     Acc* old;                    // [B][old_ld] zoneout: the gradient that goes past the cell; the carry where that is of h
     Acc *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
@@ -73,10 +74,10 @@ template <class C, class S> struct Backward {
       s.dp[i] = m.rows<S>(projected() ? chunk_rows : 0, ldp, tiles_h);
       s.grads_sum[i] = split ? m.rows<S>(chunk_rows, ldg, true) : s.grads[i];
       s.dp_sum[i] = split ? m.rows<S>(projected() ? chunk_rows : 0, ldp, true) : s.dp[i];
-      s.x[i] = m.panels<S>(sums() ? ins : 0, chunk_rows, kWide, tiles_sum);
-      s.h[i] = m.panels<S>(sums() ? outs : 0, chunk_rows, kWide, tiles_sum);
-      s.u[i] = m.panels<S>(sums() && projected() ? units : 0, chunk_rows, kWide, tiles_sum);
     }
+    s.x = m.panels<S>(sums() ? ins : 0, chunk_rows, kWide, tiles_sum);
+    s.h = m.panels<S>(sums() ? outs : 0, chunk_rows, kWide, tiles_sum);
+    s.u = m.panels<S>(sums() && projected() ? units : 0, chunk_rows, kWide, tiles_sum);
     s.carry = m.take<Acc>(C::kCarry == Carry::kNone ? 0 : a.batch * carry_ld);
     s.old = C::kCarry == Carry::kHidden ? s.carry : m.take<Acc>(a.options.zone_h ? a.batch * old_ld : 0);
     const int64_t n = sums() && !kDirectSums ? C::kGates * a.hidden : 0;
@@ -156,6 +157,9 @@ template <class C, class S> struct Backward {
     for (int b = 0; b < 2; ++b) {
       s.grads[b].clear(r.begin, r.end, C::kGrads * a.hidden);
       if (projected()) s.dp[b].clear(r.begin, r.end, a.output);
+      if (tiles_h == tiles_sum) continue;
+      s.grads_sum[b].clear(r.begin, r.end, C::kGrads * a.hidden);
+      if (projected()) s.dp_sum[b].clear(r.begin, r.end, a.output);
     }
   }
 
@@ -199,9 +203,12 @@ template <class C, class S> struct Backward {
         leave(dir, s, t, grads, clip(min64(size(i + 1), size(i))), n, q, p);
         after = grads;
       }
-      if (sums()) gather(me, dir, s, o, c);
       if (tiles_sum && !tiles_h) split(me, dir, s, c, b0, b1);
-      me.meet_direction();
+      me.meet_direction();  // nobody sums over the chunk before any more
+      if (sums()) {
+        gather(me, dir, s, o, c);
+        me.meet_direction();
+      }
       if (a.dx) input_gradient(me, s, c, dx, add);
       if (sums()) sum_weights(me, s, o, c, d);
     }
@@ -266,9 +273,14 @@ template <class C, class S> struct Backward {
                    const Rows<S>& grads) const {
     const OptionMath<S> math(a, dir.d);
     V saved[C::kSaved ? C::kSaved : 1], grad[C::kGrads], out(0), prev(0), carry(0);
+    const int64_t before = dir.before(t, b);
     if (C::kSaved) {
       const S* keep = dir.reserve<const S, C::kSaved>(t, b) + j;
       for (int q = 0; q < C::kSaved; ++q) saved[q] = load(keep + q * a.hidden, lanes);
+      if (before >= 0) {  // what the next call for this row reads: many short streams, which the hardware does not foresee
+        const S* next = dir.reserve<const S, C::kSaved>(before, b) + j;
+        for (int q = 0; q < C::kSaved; ++q) __builtin_prefetch(next + q * a.hidden, 0, 2);
+      }
     } else {
       out = load((const S*)a.y + (a.starts[t] + b) * a.directions * a.output + dir.d * a.output + j, lanes);
     }
@@ -277,9 +289,10 @@ template <class C, class S> struct Backward {
       if (h) prev = load(h + j, lanes);
       if (a.options.any) prev = math.kept(prev, t, b);
     } else if (C::kCarry == Carry::kCell) {
-      const int64_t before = dir.before(t, b);
-      if (before >= 0 && a.options.c_all) prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
-      else if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
+      if (before >= 0 && a.options.c_all)
+        prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
+      else if (before >= 0)
+        prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
       else if (a.c0) prev = load((const S*)a.c0 + (dir.d * a.batch + b) * a.hidden + j, lanes);
     }
     if (C::kCarry == Carry::kCell && a.options.any) prev = math.kept(prev, t, b);
@@ -385,8 +398,7 @@ template <class C, class S> struct Backward {
     });
   }
   // Panels over the rows of this chunk; another may have more.
-  static Panels<S> in_chunk(const Panels<S> (&buffers)[2], const Chunk& c) {
-    Panels<S> p = buffers[c.buffer];
+  static Panels<S> in_chunk(Panels<S> p, const Chunk& c) {
     p.k = c.rows;
     return p;
   }
@@ -394,8 +406,7 @@ template <class C, class S> struct Backward {
   void split(const Member& me, const Direction& dir, const Shared& s, const Chunk& c, int64_t b0, int64_t b1) const {
     const Range steps = part(c.last - c.first, me.unit_part, a.plan.units);
     const auto copy = [&](const Rows<S>& from, const Rows<S>& to, int64_t r, int64_t n) {
-      for (int64_t j = 0; j < n; j += kWidth) to.put(load(from.plain(r) + j), r, j);
-      to.clear(r, r + 1, n);
+      for (int64_t j = 0; j < n; j += kWidth) to.put(load(from.plain(r) + j, n - j), r, j);
     };
     for (int64_t i = steps.begin; i < steps.end; ++i) {
       const int64_t t = dir.time(a.steps - 1 - (c.first + i));
@@ -493,26 +504,41 @@ template <class C, class S> struct Backward {
         }
     }
   }
-  // dW and db of one matrix: rows [m of `to`] from the columns of gate gradients that stand for them. The panels of the
-  // right-hand side go in blocks that stay in L2 while all tiles pass over them.
+  // One matrix of weight gradients, and its bias. Its rows come from groups of gradient columns, one per gate.
   struct Sum {
-    Rows<S> from;     // [rows of the chunk][ld]
-    Panels<S> b;
-    int64_t n;        // columns of `to`
-    Acc *to, *bias;   // bias: null where there is none
+    Panels<S> b;        // right-hand side
+    int64_t n;          // columns of `to`
+    Acc *to, *bias;     // bias: null where there is none
+    int first, groups;  // of columns
+    const int* gate;    // of each group
   };
-  template <class Row>
-  void sum(const Own& o, const Chunk& c, const Sum& s, Range tiles, int64_t per_gate, const Row& row) const {
-    const int64_t panels = ceil_div(s.n, kColumns), blocks = ceil_div(panels * s.b.bytes(), kPanelBlock);
+  // Adds the chunk's part to each matrix. The panels of the right-hand sides go in blocks that stay in L2 while all tiles
+  // pass over them; a tile's columns are taken once for all matrices.
+  template <int kCount>
+  void sum(const Own& o, const Chunk& c, const Rows<S>& from, int64_t per_group, Range tiles, const Sum (&sums)[kCount]) const {
+    int64_t panels[kCount], all = 0, bytes = 0;
+    for (int m = 0; m < kCount; ++m) {
+      panels[m] = ceil_div(sums[m].n, kColumns);
+      all += panels[m];
+      bytes += panels[m] * sums[m].b.bytes();
+    }
+    const int64_t blocks = ceil_div(bytes, kPanelBlock), tiles_per_group = ceil_div(per_group, left_rows());
     for (int64_t block = 0; block < blocks; ++block) {
-      const Range p = part(panels, int(block), int(blocks));
+      const Range p = part(all, int(block), int(blocks));
       for (int64_t i = tiles.begin; i < tiles.end; ++i) {
-        const int64_t gate = i / ceil_div(per_gate, left_rows()), j = i % ceil_div(per_gate, left_rows()) * left_rows();
-        const int rows = int(min64(left_rows(), per_gate - j));
-        const int64_t m = row(gate) * per_gate + j;
-        take_columns(o, s.from, gate * per_gate + j, rows, c.rows);
-        sum_tile(o, rows, s.b, p, s.n, s.to + m * s.n, c.first == 0);
-        if (s.bias && block == 0) sum_bias(o, rows, c.rows, s.bias + m, c.first == 0);
+        const int64_t group = i / tiles_per_group, j = i % tiles_per_group * left_rows();
+        const int rows = int(min64(left_rows(), per_group - j));
+        bool taken = false;
+        for (int64_t m = 0, offset = 0; m < kCount; offset += panels[m++]) {
+          const Sum& s = sums[m];
+          const Range own{max64(p.begin - offset, 0), min64(p.end - offset, panels[m])};
+          if (own.begin >= own.end || group < s.first || group >= s.first + s.groups) continue;
+          if (!taken) take_columns(o, from, group * per_group + j, rows, c.rows);
+          taken = true;
+          const int64_t row = s.gate[group - s.first] * per_group + j;
+          sum_tile(o, rows, s.b, own, s.n, s.to + row * s.n, c.first == 0);
+          if (s.bias && own.begin == 0) sum_bias(o, rows, c.rows, s.bias + row, c.first == 0);
+        }
       }
     }
   }
@@ -520,30 +546,35 @@ template <class C, class S> struct Backward {
     const Weights& w = a.dweights[d];
     auto pick = [](void* direct, Acc* wide) { return kDirectSums ? (Acc*)direct : wide; };
     const int i = me.in_direction(), n = me.direction_size();
-    const Range mine = part(C::kGates * ceil_div(a.hidden, left_rows()), i, n);
-    const Rows<S>& grads = s.grads_sum[c.buffer];
-    Acc* db_ih = w.b_ih ? pick(w.b_ih, s.db_ih) : nullptr;
-    Acc* db_hh = w.b_hh ? pick(w.b_hh, s.db_hh) : nullptr;
-    sum(o, c, Sum{grads, in_chunk(s.x, c), a.input, pick(w.w_ih, s.dw_ih), db_ih}, mine, a.hidden,
-        [](int64_t gate) { return C::kOrder[gate]; });
-    sum(o, c, Sum{grads.at(0, kSkip * a.hidden), in_chunk(s.h, c), a.output, pick(w.w_hh, s.dw_hh), db_hh}, mine, a.hidden,
-        [](int64_t gate) { return C::kOrderH[gate]; });
-    if (projected())
-      sum(o, c, Sum{s.dp_sum[c.buffer], in_chunk(s.u, c), a.hidden, pick(w.w_hr, s.dw_hr), nullptr},
-          part(ceil_div(a.output, left_rows()), i, n), a.output, [](int64_t) { return 0; });
+    const Sum gates[2] = {
+        {in_chunk(s.x, c), a.input, pick(w.w_ih, s.dw_ih), w.b_ih ? pick(w.b_ih, s.db_ih) : nullptr, 0, C::kGates, C::kOrder},
+        {in_chunk(s.h, c), a.output, pick(w.w_hh, s.dw_hh), w.b_hh ? pick(w.b_hh, s.db_hh) : nullptr, kSkip, C::kGates, C::kOrderH}};
+    sum(o, c, s.grads_sum[c.buffer], a.hidden, part(C::kGrads * ceil_div(a.hidden, left_rows()), i, n), gates);
+    if (!projected()) return;
+    constexpr int kNone[1] = {0};
+    const Sum output[1] = {{in_chunk(s.u, c), a.hidden, pick(w.w_hr, s.dw_hr), nullptr, 0, 1, kNone}};
+    sum(o, c, s.dp_sum[c.buffer], a.output, part(ceil_div(a.output, left_rows()), i, n), output);
   }
   void sum_bias(const Own& o, int rows, int64_t n, Acc* to, bool first) const {
+    if (tiles_sum) {
+      for (int r0 = 0; r0 < rows; r0 += kWidth) {
+        V sums[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          sums[i] = V(0);
+          const Part* row = (const Part*)o.columns.data + (r0 + i) * kParts<S> * left_ld;
+          for (int64_t p = 0; p < kParts<S> && r0 + i < rows; ++p)
+            for (int64_t k = 0; k < n; k += kWidth) sums[i] = sums[i] + load(row + p * left_ld + k);
+        }
+        V sum = sum_lanes<kWidth>(sums);
+        if (!first) sum = sum + load(to + r0, rows - r0);
+        store(sum, to + r0, rows - r0);
+      }
+      return;
+    }
     for (int r = 0; r < rows; ++r) {
       Acc sum = 0;
-      if (tiles_sum) {
-        V sums(0);
-        for (int p = 0; p < kParts<S>; ++p)
-          for (int64_t k = 0; k < n; k += kWidth) sums = sums + load((const Part*)o.columns.data + (r * kParts<S> + p) * left_ld + k);
-        for (int i = 0; i < kWidth; ++i) sum += sums.v[i];
-      } else {
-        for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
-          for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
-      }
+      for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
+        for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
       to[r] = first ? sum : to[r] + sum;
     }
   }

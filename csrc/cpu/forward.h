@@ -17,6 +17,7 @@ template <class C, class S> struct Forward {
   // Projected inputs of a chunk, a thread: within a usual L2, or more where W_ih itself is far larger, so that it is
   // read from the outer cache for many rows at a time.
   static constexpr int64_t kLeastChunk = (kParts<S> ? 256 : 512) << 10, kMostChunk = 4 << 20;
+  static constexpr int64_t kNearWeights = 5 << 18, kExchangeChunk = 1 << 20;
   // Inputs that are copied at a time: little beside the weights in L2, or again more where those do not fit.
   static constexpr int64_t kLeastPass = 64 << 10;
 
@@ -53,12 +54,15 @@ template <class C, class S> struct Forward {
     const int64_t most = Member::most_rows(a);
     const int64_t row_bytes = ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(Acc));
     const int64_t weight_bytes = a.input * row_bytes;
-    const int64_t bytes = max64(kLeastChunk, min64(kMostChunk, weight_bytes / 4));
+    // The tile unit is so fast that it feels each exchange of W_ih and W_hh in L2 where both do not fit.
+    const bool exchanged = kParts<S> > 0 && (a.input + a.output) * row_bytes * kParts<S> / 2 > kNearWeights;
+    const int64_t bytes = max64(exchanged ? kExchangeChunk : kLeastChunk, min64(kMostChunk, weight_bytes / 4));
     chunk = min64(max64(bytes / max64(1, row_bytes * most), 1), a.steps);
     chunk_rows = chunk * most;
     direct_x = a.rows <= kDirectBatch;
+    const int64_t packed_bytes = kParts<S> ? kParts<S> * 2 : sizeof(A);
     direct_h = a.batch <= kDirectBatch &&
-               (a.rows <= kDirectRows || C::kGates * a.hidden * a.output * int64_t(sizeof(Acc)) > kDirectBytes);
+               (a.rows <= kDirectRows || a.output * ceil_div(panels, a.plan.units) * kColumns * packed_bytes > kDirectBytes);
     tiles_x = !direct_x && use_tiles<S>(chunk_rows);
     tiles_h = !direct_h && use_tiles<S>(most);
     const Rows<S> x{nullptr, ldx, tiles_x};

@@ -246,6 +246,16 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
   constexpr int kWidth = Pack<typename AccOf<A>::Type>::kWidth, kP = kPair<A>;
   const int64_t padded = (k + kP - 1) / kP * kP;
   for (int64_t k0 = 0; k0 < padded; k0 += 16) {
+#if SK_VEC_BYTES == 64
+    if constexpr (sizeof(A) == 4 && kP == 1) {
+      __m512i block[16];
+      for (int64_t i = 0; i < 16; ++i)
+        block[i] = i < n ? (__m512i)load(w + i * ld + k0, k - k0).v : _mm512_setzero_si512();
+      transpose(block);
+      for (int64_t kk = 0; kk < 16 && k0 + kk < k; ++kk) _mm512_storeu_si512(to + (k0 + kk) * columns, block[kk]);
+      continue;
+    }
+#endif
     const int64_t k1 = k0 + 16 < padded ? k0 + 16 : padded;
     for (int64_t kk = k0; kk < k1; kk += kP)
       for (int64_t i = 0; i < kWidth; ++i)
@@ -289,11 +299,13 @@ SK_INL void pack_rows(const Panels<S>& to, int64_t first, int64_t last, int64_t 
       const int64_t padded = end >= to.k ? tile_blocks(to.k) * kTileK : end;
       for (int64_t k = begin; k < padded; k += 2) {
         const auto even = k < end ? at(k) : none, odd = k + 1 < end ? at(k + 1) : none;
-        for (int64_t p = first; p < last; ++p)
+        const auto panel = to.tile_panel(0);
+        auto block = panel.block(k / kTileK);
+        block.start += first * to.bytes() / 2;
+        for (int64_t p = first; p < last; ++p, block.start += to.bytes() / 2)
           for (int v = 0; v < to.vectors; ++v) {
             const int64_t j = p * columns + v * to.kWidth;
-            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, v,
-                                      to.tile_panel(p));
+            pack_tile_rows<kParts<S>>(even ? even + j : even, odd ? odd + j : odd, n - j, k, v, panel, block);
           }
       }
       return;

@@ -176,9 +176,15 @@ template <int kCount> struct TilePanel {
   int64_t blocks, stretch;
   int vectors;
   SK_INL int64_t length(int64_t block) const { return blocks - block < stretch ? blocks - block : stretch; }
-  SK_INL Bf16* tile(int64_t block, int v, int part) const {
-    const int64_t start = block / stretch * stretch, first = v / 2 * 2, width = vectors - first < 2 ? 1 : 2;
-    return data + ((start * vectors + length(start) * first) * kCount + ((block - start) * kCount + part) * width + v - first) * kTileSize;
+  // Where one block of k stands: its stretch, its place in it, and how long that is.
+  struct Block { Bf16 *start; int64_t in_stretch, length; };
+  SK_INL Block block(int64_t k) const {
+    const int64_t start = k / stretch * stretch;
+    return {data + start * vectors * kCount * kTileSize, k - start, length(start)};
+  }
+  SK_INL Bf16* tile(const Block& b, int v, int part) const {
+    const int64_t first = v / 2 * 2, width = vectors - first < 2 ? 1 : 2;
+    return b.start + ((b.length * first + b.in_stretch * width) * kCount + part * width + v - first) * kTileSize;
   }
 };
 
@@ -209,29 +215,6 @@ template <int kCount> SK_INL int64_t tile_pauses(int64_t rows, int64_t blocks) {
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
-// 16 x 16 elements of 32 bits, transposed in registers.
-SK_INL void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-    }
-  // r[4 g + c]: in each of the four 128-bit lanes l, column 4 l + c of rows 4 g to 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    const __m512i d = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(a, d, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
-    t[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
 // The leading parts of 32 consecutive numbers, as 32 words in order; `low` and `high` keep the rest.
 template <int kCount> SK_INL __m512i take_words(Pack<float>& low, Pack<float>& high) {
   const U16s a = take_part<kCount>(low), b = take_part<kCount>(high);
@@ -256,19 +239,26 @@ template <class S> void pack_tile_columns(const S* w, int64_t ld, int64_t n, int
     }
     for (int p = 0; p < kCount; ++p) {
       transpose(words[p]);
-      Bf16* tile = to.tile(block, v, p);
+      Bf16* tile = to.tile(to.block(block), v, p);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kTileK, words[p][i]);
     }
   }
 }
 // Rows k and k + 1 (k even) of vector v of the columns of B; null gives zeros.
 template <int kCount, class S>
-SK_INL void pack_tile_rows(const S* even, const S* odd, int64_t n, int64_t k, int v, const TilePanel<kCount>& to) {
+SK_INL void pack_tile_rows(const S* even, const S* odd, int64_t n, int64_t k, int v, const TilePanel<kCount>& to,
+                           const typename TilePanel<kCount>::Block& block) {
   Pack<float> a = lanes(even, n), b = lanes(odd, n);
   for (int p = 0; p < kCount; ++p) {
-    const U32s first = __builtin_convertvector(take_part<kCount>(a), U32s);
-    const U32s second = __builtin_convertvector(take_part<kCount>(b), U32s);
-    _mm512_storeu_si512(to.tile(k / kTileK, v, p) + k % kTileK * 16, (__m512i)(first | second << 16));
+    U32s pair;
+    if (kCount == 1) {
+      pair = __builtin_convertvector(take_part<1>(a), U32s) | __builtin_convertvector(take_part<1>(b), U32s) << 16;
+    } else {
+      pair = (U32s)a.v >> 16 | ((U32s)b.v & 0xffff0000u);
+      a.v -= (Pack<float>::Vec)((U32s)a.v & 0xffff0000u);
+      b.v -= (Pack<float>::Vec)((U32s)b.v & 0xffff0000u);
+    }
+    _mm512_storeu_si512(to.tile(block, v, p) + k % kTileK * 16, (__m512i)pair);
   }
 }
 // 16 columns of `from`, rows [0, n), as 16 rows of left-hand operands: part p of column i at to + i * row + p * part,
