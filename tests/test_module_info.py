@@ -81,7 +81,10 @@ def test_forward_and_gradients(info, training, dtype):
             torch.testing.assert_close(found, native)
             continue
         truth = evaluate(theirs.double(), convert(sample.forward_input.args, torch.float64))
-        wrong = [fault(f, t, distance(n, t)) for f, t, n in zip(found, truth, native, strict=True)]
+        # A weight's gradient may cancel among terms as large as the inputs, up to 9 here: the native error can be less
+        # than their rounding by luck.
+        terms = torch.finfo(dtype).eps * max(float(t.detach().abs().max()) for t in tensors(sample.forward_input.args))
+        wrong = [fault(f, t, distance(n, t) + terms / 8) for f, t, n in zip(found, truth, native, strict=True)]
         assert not any(wrong), f"{theirs}: {[w for w in wrong if w]}"
 
 

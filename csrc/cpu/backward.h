@@ -289,8 +289,10 @@ template <class C, class S> struct Backward {
       if (h) prev = load(h + j, lanes);
       if (a.options.any) prev = math.kept(prev, t, b);
     } else if (C::kCarry == Carry::kCell) {
-      if (before >= 0 && a.options.c_all) prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
-      else if (before >= 0) prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
+      if (before >= 0 && a.options.c_all)
+        prev = load(math.c_row((const S*)a.options.c_all, before, b) + j, lanes);
+      else if (before >= 0)
+        prev = load(dir.reserve<const S, C::kSaved>(before, b) + (C::kSaved - 1) * a.hidden + j, lanes);
       else if (a.c0) prev = load((const S*)a.c0 + (dir.d * a.batch + b) * a.hidden + j, lanes);
     }
     if (C::kCarry == Carry::kCell && a.options.any) prev = math.kept(prev, t, b);
