@@ -101,7 +101,8 @@ def run_layer(
     """
     x, h, c = sequence
     check_devices(cell, x, (h, c, *weights))
-    if has_kernel(x.device, x.dtype) and not transformed():
+    # The CUDA kernels do not take the gradients' norms.
+    if has_kernel(x.device, x.dtype) and not transformed() and not (x.is_cuda and watch.listening()):
         save = torch.is_grad_enabled() and wants_grad(sequence, weights)
         if save and _plain_eager(x.device.type):
             tf32 = ops.tf32_allowed(x)

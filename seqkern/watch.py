@@ -41,6 +41,10 @@ def end() -> None:
     _sink = None
 
 
+def listening() -> bool:
+    return _sink is not None
+
+
 def claim() -> Callable[[Tensor, list[int]], None] | None:
     """What takes the squares of the layer that runs now, if anybody does."""
     global _layer
