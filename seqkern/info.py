@@ -121,7 +121,7 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         if device.type == "cuda" and not ops.BUILT_WITH_CUDA:
             reason += " in this build (with a CUDA toolkit and a CUDA build of torch, SEQKERN_CUDA=1 builds it)"
         return Plan("reference", f"no kernel for {reason}: seqkern.reference, in plain torch operations", call)
-    if lacking := options.unfused(getattr(module, "_settings", None)):
+    if lacking := options.unfused(getattr(module, "_settings", None), device.type):
         why = f"no kernel for {lacking}: seqkern.reference, in plain torch operations"
         return Plan("reference", why, call)
     if device.type == "meta":

@@ -43,9 +43,10 @@ class Settings:
 DEFAULT = Settings()
 
 
-def unfused(settings: Settings | None) -> str:
-    """The options set that no kernel covers, in words; the empty string if there is none."""
+def unfused(settings: Settings | None, device: str) -> str:
+    """The options set that no kernel of the device covers, in words; the empty string if there is none."""
     s = settings or DEFAULT
+    cpu = device in ("cpu", "meta")
     found = {
         "layer_norm": s.layer_norm,
         "peephole": s.peephole,
@@ -53,6 +54,9 @@ def unfused(settings: Settings | None) -> str:
         "gate_activation='hard_sigmoid'": s.hard_sigmoid,
         "reset_after=False": s.reset_before,
         "grad_clip of norms": s.grad_clip is not None and s.grad_clip[0] == "norm",
+        "zoneout on " + device: any(s.zoneout) and not cpu,
+        "recurrent_dropout on " + device: s.recurrent_dropout and not cpu,
+        "grad_clip on " + device: s.grad_clip is not None and not cpu,
     }
     return ", ".join(name for name, on in found.items() if on)
 
