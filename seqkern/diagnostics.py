@@ -1,9 +1,9 @@
 """How far gradients reach back in time: the norms of dL/dh_t and dL/dc_t, as backward meets them.
 
-    with seqkern.diagnostics.gradient_flow(model) as flow:
-        loss(model(x)).backward()
-    print(flow.report())
-    flow.plot("flow.png")
+with seqkern.diagnostics.gradient_flow(model) as flow:
+    loss(model(x)).backward()
+print(flow.report())
+flow.plot("flow.png")
 """
 
 import math

@@ -235,7 +235,11 @@ class _Masks:
 
 
 def _layer(
-    stack: Stack, sequence: Sequence[Tensor | None], weights: Sequence[Tensor], batch_sizes: Tensor | None, o: Options,
+    stack: Stack,
+    sequence: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    o: Options,
     all_states: bool,
 ) -> Sequence[Tensor]:
     """One layer on the operators or on the reference: y, h_n, c_n, and c of every step where all_states wants it."""
@@ -265,7 +269,7 @@ def run_stack(
         LSTM, c [L, T, B, D*H] ([L, N, D*H]), else None.
     """
     x, h, c = sequence
-    cell, settings = stack.cell, stack.settings
+    cell = stack.cell
     if batch_sizes is None and x.size(0) == 0:
         raise RuntimeError(f"{cell}: Expected sequence length to be larger than 0 in RNN, got x {list(x.shape)}")
     if batch_sizes is not None and (call.lengths is not None or call.resets is not None):

@@ -1,7 +1,7 @@
 """Builds and loads seqkern_testing_*, the kernels of csrc/cuda for host execution, and keeps what it built.
 
 `load("simt")` gives csrc/testing/simt_module.cpp with what runs it. A source is compiled again when it, or a header
-that it includes, has changed. Within `changed("simt", name, edited(...))` it gives a build of edited sources: what tests
+it includes, has changed. Within `changed("simt", name, edited(...))` it gives a build of edited sources: what tests
 break, to see that it is found. With SEQKERN_HOST_SANITIZE=1 in the environment the build is under AddressSanitizer and
 UndefinedBehaviorSanitizer, for a process that has libasan preloaded (`sanitizer_environment`).
 """

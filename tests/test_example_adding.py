@@ -1,4 +1,4 @@
-"""examples/adding.py: the problem is what it says, a GRU learns it, an RNN's gradient vanishes and an LSTM's does not."""
+"""examples/adding.py: the problem is what it says, a GRU learns it, an RNN's gradient vanishes, an LSTM's does not."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""Host execution of the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each in a process of its own.
+"""Host execution of the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each in its own process.
 
 They see what the checks of csrc/testing do not: memory beside the buffers of a launch, the stack, undefined arithmetic.
 """

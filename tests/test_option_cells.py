@@ -56,10 +56,7 @@ def written_out(m, x, h, c, w, t, layer, d):
     if s.peephole:
         i = i + p[:k] * c
     i = sigmoid(i)
-    if s.coupled:
-        f = 1 - i
-    else:
-        f = sigmoid(gates[1] + p[k : 2 * k] * c) if s.peephole else sigmoid(gates[1])
+    f = 1 - i if s.coupled else sigmoid(gates[1] + p[k : 2 * k] * c if s.peephole else gates[1])
     c = f * c + i * g.tanh()
     o = sigmoid(o + p[-k:] * c) if s.peephole else sigmoid(o)
     h = o * (normal(c, extra["gain_c"], extra["bias_c"]) if s.layer_norm else c).tanh()

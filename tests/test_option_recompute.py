@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loops import LAYERS, call, check, make, state
+from loops import LAYERS, call, make, state
 from torch.nn.utils.rnn import pack_padded_sequence
 
 T, B, I, H = 11, 4, 3, 6  # noqa: E741
