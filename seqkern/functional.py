@@ -85,7 +85,8 @@ def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options
 
 def _plain_eager(device: str) -> bool:
     """Whether nothing but autograd has to see the operator: no compiler, no tracer, no autocast."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(device))
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return device in ("cpu", "cuda") and not watched and not torch.is_autocast_enabled(device)
 
 
 def run_layer(
