@@ -26,9 +26,10 @@ inline Plan make_plan(int64_t steps, int64_t batch, int64_t input, int64_t hidde
   }
   // Parts of the batch need not meet, but each reads all weights at every step; parts of the units each read their own.
   // Where the recurrent weights are larger than a core's share of L2, reading them is what takes the time.
-  if (batch < 16) min_rows = std::min<int64_t>(min_rows, 4);  // tiles are half empty either way
-  const int64_t by_rows = std::max<int64_t>(1, std::min<int64_t>(threads, batch / min_rows));
   const int64_t parts = std::min<int64_t>(hidden / 64, threads);
+  // Below 16 rows tiles are half empty either way; and better half-empty tiles than idle threads.
+  if (batch < 16 || parts < threads) min_rows = std::min<int64_t>(min_rows, 4);
+  const int64_t by_rows = std::max<int64_t>(1, std::min<int64_t>(threads, batch / min_rows));
   const auto units_for = [&](int64_t rows) {
     return std::max<int64_t>(1, std::min({threads / rows, parts, step / rows / kMinStepWork}));
   };
