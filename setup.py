@@ -3,10 +3,12 @@
 Environment: SEQKERN_CUDA = 0 | 1 | auto (default): CUDA sources join where a toolkit and a CUDA build of torch are.
 TORCH_CUDA_ARCH_LIST, as in "8.0;9.0;12.0+PTX": what for; default: the GPUs present, or these three where there is none.
 MAX_JOBS: compilers at once.
+SEQKERN_BUILD_ISAS: instruction sets to build the CPU kernels for, as in "avx2 avx512"; default: all. generic always is.
 """
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -36,7 +38,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA["avx512"] = avx512 + ["-DSK_VEC_BYTES=64"]
     ISA["avx512_bf16"] = avx512 + ["-mavx512bf16", "-DSK_BF16_DOT", "-DSK_VEC_BYTES=64"]
     ISA["amx"] = avx512 + ["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DSK_AMX", "-DSK_VEC_BYTES=64"]
-    STABLE.append("-DSK_X86")
+if os.environ.get("SEQKERN_BUILD_ISAS"):
+    wanted = os.environ["SEQKERN_BUILD_ISAS"].split()
+    if set(wanted) - set(ISA):
+        sys.exit(f"seqkern: SEQKERN_BUILD_ISAS must name some of {' '.join(ISA)}, got {' '.join(wanted)}")
+    ISA = {isa: flags for isa, flags in ISA.items() if isa in (*wanted, "generic")}
+STABLE += [f"-DSK_ISA_{isa.upper()}" for isa in ISA]
 
 
 def sources(pattern):
@@ -143,10 +150,12 @@ class Build(BuildExtension):
     def build_extension(self, ext):
         check_compiler()
 
-        def compile_for(isa):
+        def compile_for(job):
+            isa, source = job
+            name = os.path.basename(source).removesuffix(".cpp")
             return self.compiler.compile(
-                [os.path.join(ROOT, "csrc/cpu/kernels.cpp")],
-                output_dir=os.path.join(ROOT, "build", "isa", isa),  # a fixed place: tests look at the symbols
+                [os.path.join(ROOT, source)],
+                output_dir=os.path.join(ROOT, "build", "isa", isa, name),  # a fixed place: tests look at the symbols
                 extra_postargs={"cxx": CXX + KERNELS + ISA[isa] + [f"-DSK_NS={isa}"]},
                 depends=ext.depends,
             )
@@ -154,7 +163,7 @@ class Build(BuildExtension):
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
         with ThreadPoolExecutor(jobs) as pool:  # each is one long compilation
             cuda_objects = pool.map(compile_cuda, sources("csrc/cuda/*.cu") if cuda else [])
-            for objects in pool.map(compile_for, ISA):
+            for objects in pool.map(compile_for, itertools.product(ISA, sources("csrc/cpu/*kernels.cpp"))):
                 ext.extra_objects += objects
             ext.extra_objects += cuda_objects
         if cuda:

@@ -5,23 +5,46 @@
 #include <torch/headeronly/util/Exception.h>
 #include <vector>
 
-#if defined(SK_X86)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-namespace seqkern {
-namespace generic { extern const CpuKernels kKernels; }
-#if defined(SK_X86)
-namespace avx2 { extern const CpuKernels kKernels; }
-namespace avx512 { extern const CpuKernels kKernels; }
-namespace avx512_bf16 { extern const CpuKernels kKernels; }
-namespace amx { extern const CpuKernels kKernels; }
+// X(name) for each instruction set that setup.py built the kernels for, best last.
+#ifdef SK_ISA_AVX2
+#define SK_AVX2(X) X(avx2)
+#else
+#define SK_AVX2(X)
 #endif
+#ifdef SK_ISA_AVX512
+#define SK_AVX512(X) X(avx512)
+#else
+#define SK_AVX512(X)
+#endif
+#ifdef SK_ISA_AVX512_BF16
+#define SK_AVX512_BF16(X) X(avx512_bf16)
+#else
+#define SK_AVX512_BF16(X)
+#endif
+#ifdef SK_ISA_AMX
+#define SK_AMX_(X) X(amx)
+#else
+#define SK_AMX_(X)
+#endif
+#define SK_BUILT(X) X(generic) SK_AVX2(X) SK_AVX512(X) SK_AVX512_BF16(X) SK_AMX_(X)
+
+namespace seqkern {
+#define SK_DECLARE(isa) namespace isa { extern const CpuKernels kKernels; }
+SK_BUILT(SK_DECLARE)
 
 namespace {
-#if defined(SK_X86)
+struct Isa {
+  const char* name;
+  const CpuKernels* kernels;
+};
+
+#if defined(__x86_64__)
 // Whether the CPU has the tile unit with bf16, and the system lets this process use it: its registers are so large that
 // a process must ask (Linux 5.16 and later).
 bool has_amx() {
@@ -32,45 +55,55 @@ bool has_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
-std::vector<const CpuKernels*> runnable() {
-  std::vector<const CpuKernels*> found{&generic::kKernels};
-#if defined(SK_X86)
+bool can_run(const std::string& isa) {
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return found;
-  found.push_back(&avx2::kKernels);
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw")) return found;
-  found.push_back(&avx512::kKernels);
-  if (!__builtin_cpu_supports("avx512bf16")) return found;
-  found.push_back(&avx512_bf16::kKernels);
-  if (has_amx()) found.push_back(&amx::kKernels);
+  if (isa == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+  if (isa == "avx512") {
+    return can_run("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  }
+  if (isa == "avx512_bf16") return can_run("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (isa == "amx") return can_run("avx512_bf16") && has_amx();
 #endif
+  return isa == "generic";
+}
+
+std::vector<Isa> runnable() {
+  std::vector<Isa> found;
+#define SK_LIST(isa) \
+  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels});
+  SK_BUILT(SK_LIST)
   return found;
+}
+
+const Isa& chosen_isa() {
+  static const Isa chosen = [] {
+    std::vector<Isa> found = runnable();
+    const char* wanted = std::getenv("SEQKERN_CPU_ISA");
+    if (!wanted || !*wanted) {
+#if defined(__x86_64__)
+      // Intel's bf16 dot product runs at half the rate of its float multiply-add (82 against 155 GF/s a core measured
+      // on an Emerald Rapids), AMD's at twice: there bf16 is better widened.
+      if (found.size() > 1 && !std::strcmp(found.back().name, "avx512_bf16") && !__builtin_cpu_is("amd")) found.pop_back();
+#endif
+      return found.back();
+    }
+    for (const Isa& isa : found)
+      if (!std::strcmp(isa.name, wanted)) return isa;
+    STD_TORCH_CHECK(false, "SEQKERN_CPU_ISA must be one of those that this CPU runs (", cpu_isas(), "), got ", wanted);
+  }();
+  return chosen;
 }
 }  // namespace
 
 std::string cpu_isas() {
   std::string names;
-  for (const CpuKernels* k : runnable()) names += (names.empty() ? "" : " ") + std::string(k->isa);
+  for (const Isa& isa : runnable()) names += (names.empty() ? "" : " ") + std::string(isa.name);
   return names;
 }
 
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels* chosen = [] {
-    std::vector<const CpuKernels*> found = runnable();
-    const char* wanted = std::getenv("SEQKERN_CPU_ISA");
-    if (!wanted || !*wanted) {
-#if defined(SK_X86)
-      // Intel's bf16 dot product runs at half the rate of its float multiply-add (82 against 155 GF/s a core measured
-      // on an Emerald Rapids), AMD's at twice: there bf16 is better widened.
-      if (found.back() == &avx512_bf16::kKernels && !__builtin_cpu_is("amd")) found.pop_back();
-#endif
-      return found.back();
-    }
-    for (const CpuKernels* k : found)
-      if (!std::strcmp(k->isa, wanted)) return k;
-    STD_TORCH_CHECK(false, "SEQKERN_CPU_ISA must be one of those that this CPU runs (", cpu_isas(), "), got ", wanted);
-  }();
-  return *chosen;
-}
+const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
 }  // namespace seqkern
