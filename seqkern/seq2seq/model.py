@@ -19,9 +19,8 @@ class Seq2Seq(nn.Module):
     def __init__(self, encoder: Encoder, decoder: Decoder, bridge: str | nn.Module = "linear") -> None:
         super().__init__()
         if decoder.context is not None and decoder.context.in_features != encoder.size:
-            raise ValueError(
-                f"the decoder's memory_size must be the encoder's D*H = {encoder.size}, got {decoder.context.in_features}"
-            )
+            got = decoder.context.in_features
+            raise ValueError(f"the decoder's memory_size must be the encoder's D*H = {encoder.size}, got {got}")
         self.encoder, self.decoder = encoder, decoder
         if isinstance(bridge, str):
             bridge = Bridge(encoder, decoder.cell, decoder.num_layers, decoder.hidden, bridge)
@@ -47,8 +46,8 @@ class Seq2Seq(nn.Module):
             source: [S, B] int64, or [S, B, E] for an encoder without a vocabulary.
             lengths: [B] int64, in any order, zeros allowed; None: all are S.
             given: [T, B] int64: bos, then the right tokens (teacher forcing).
-            sampling: the probability, drawn for each place, that the decoder is told its own likeliest answer instead of
-                the right token (scheduled sampling, Bengio et al. 2015). As no gradient passes through a token, the
+            sampling: the probability, drawn for each place, that the decoder is told its own likeliest answer instead
+                of the right token (scheduled sampling, Bengio et al. 2015). As no gradient passes through a token, the
                 tokens are found first, by a search without dropout, and then given.
             generator: draws the places of `sampling`.
 

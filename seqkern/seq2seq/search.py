@@ -75,8 +75,8 @@ def greedy(decoder: Decoder, memory: Memory, state: State, max_len: int, attenti
 def mix(
     decoder: Decoder, memory: Memory, state: State, given: Tensor, p: float, generator: torch.Generator | None
 ) -> Tensor:
-    """given [T, B] with, drawn with probability p for each place after the first, the model's own likeliest token there,
-    found without dropout from the mixed tokens before it. Padding stays."""
+    """given [T, B] with, drawn with probability p for each place after the first, the model's own likeliest token
+    there, found without dropout from the mixed tokens before it. Padding stays."""
     flags = [m for m in decoder.modules() if m.training]
     decoder.eval()
     try:
