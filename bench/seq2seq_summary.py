@@ -56,7 +56,8 @@ def where(lines: Sequence[Line], csrc: str) -> str:
     ratios = [line["ratio"] for line in lines if "ratio" in line]
     return (
         (f"Geometric mean {geomean(ratios):.2f}. " if ratios else "")
-        + f"{first['cpu']}, {first['isa']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}"
+        + f"{first['cpu']}, {first['isa']}, {first['threads']} threads, torch {first['torch']}, "
+        + f"commit {first['commit']}"
         + (f"; other processes used up to {busy:.1f} cores" if busy > BUSY else "")
         + "."
         + (f" **{stale} of {len(lines)} lines were measured on other sources in csrc/.**" if stale else "")

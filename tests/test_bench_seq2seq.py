@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("rich")
 
-from bench import report, seq2seq_summary
+from bench import report
 
 LINE = {
     "case": "greedy-b1", "cpu": "X", "isa": "avx2", "threads": 2, "torch": "2.13.0", "commit": "abc", "csrc": "old",
@@ -50,9 +50,3 @@ def test_what_is_no_result_leaves_the_readme_alone(tmp_path, capsys, lines, reas
     readme = fill(tmp_path, lines, g2p=False)
     assert report.main([str(tmp_path), "--readme", str(readme)]) == 2
     assert "old\n" in readme.read_text() and reason in capsys.readouterr().out
-
-
-def test_published_rates_stand_beside_ours():
-    assert [float(wer) for _, wer in seq2seq_summary.PUBLISHED] == sorted(
-        (float(wer) for _, wer in seq2seq_summary.PUBLISHED), reverse=True
-    )
