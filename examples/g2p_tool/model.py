@@ -54,7 +54,7 @@ def build(settings: dict[str, Any]) -> Seq2Seq:
         2 * hidden,
         attention=settings["attention"],
         input_feeding=settings["input_feeding"],
-        pre_output=embedding if settings["tied"] else hidden,
+        pre_output=embedding if settings["tied"] else None,
         tied=settings["tied"],
         pad=PAD,
         bos=START,

@@ -128,7 +128,7 @@ class Run:
         line["lr"] = learning_rate(t.step - 1, t.settings, t.steps)
         if self.validates():
             line |= self.validation(t.average)
-            line["best"] = t.best is None or line["wer"] < t.best["wer"]
+            line["best"] = t.best is None or (line["wer"], line["per"]) < (t.best["wer"], t.best["per"])
         line |= {"seconds": round(t.seconds, 1), "words_per_second": round(words_per_second, 1)}
         if line.get("best"):
             t.best = line
@@ -151,18 +151,18 @@ class Run:
         began = time.monotonic() - t.seconds
         with tqdm(total=t.steps, initial=t.step, unit="step", disable=None, smoothing=0.05) as bar:
             shown: dict[str, str] = {}
-            words, busy = 0, 0.0
+            busy = 0.0
             while t.step < t.steps and stop.signal is None:
                 start = time.perf_counter()
                 loss = t.advance()
-                busy, words = busy + time.perf_counter() - start, words + t.settings["batch"]
+                busy += time.perf_counter() - start
                 t.seconds = time.monotonic() - began
                 shown["loss"] = f"{loss:.3f}"
                 if self.reports():
-                    line = self.report(words / busy)
+                    line = self.report(t.since["words"] / busy)
                     t.seconds = time.monotonic() - began
                     shown |= {"words/s": f"{line['words_per_second']:,.0f}"}
-                    words, busy = 0, 0.0
+                    busy = 0.0
                     if "wer" in line:
                         shown |= {"PER": f"{line['per']:.2f}", "WER": f"{line['wer']:.2f}"}
                         bar.write(self.told(line))
@@ -225,15 +225,9 @@ def run(args: argparse.Namespace) -> int:
             files.cut_log(args.out / "log.jsonl", training.step)
         stop = stack.enter_context(Stop())
         work = Run(args.out, training, Validation(parts.validation, dictionary, settings["validate_words"]))
-        told = {name: value for name, value in settings.items() if value != SETTINGS[name]}
-        print(
-            f"{parameters(training.model):,} parameters, {len(training.pairs):,} pairs, {training.steps:,} steps,",
-            end=" ",
-        )
-        print(
-            f"{torch.get_num_threads()} threads, in {args.out}; "
-            + ("not default: " + str(told) if told else "defaults")
-        )
+        told = ", ".join(f"{name} {value}" for name, value in settings.items() if value != SETTINGS[name])
+        print(f"{args.out}: {parameters(training.model):,} parameters, {len(training.pairs):,} pairs,", end=" ")
+        print(f"{training.steps:,} steps, {torch.get_num_threads()} threads; {told or 'default settings'}")
         if state is not None:
             print(f"resumed at step {training.step:,}, after {training.seconds:,.0f} s")
         work.train(args.save_minutes, stop)
@@ -242,7 +236,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}: stopped after step {training.step:,} of {training.steps:,}, saved; go on with --resume")
         return 128 + stop.signal
     best = training.best
-    print(
-        f"done in {training.seconds:,.0f} s; best at step {best['step']:,}: PER {best['per']:.2f} %, WER {best['wer']:.2f} %"
-    )
+    print(f"done in {training.seconds:,.0f} s; best at step {best['step']:,}:", end=" ")
+    print(f"PER {best['per']:.2f} %, WER {best['wer']:.2f} % on {len(work.validation.words):,} validation words")
     return 0

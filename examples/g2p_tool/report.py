@@ -1,9 +1,0 @@
-"""stub."""
-
-
-def add_options(p):
-    pass
-
-
-def run(a):
-    return 0
