@@ -20,6 +20,9 @@ sys.path[:0] = [str(path) for path in (HERE, HERE.parent) if str(path) not in sy
 
 COMMANDS = {
     "train": "train a model, or go on with one",
+    "evaluate": "error rates on the test set",
+    "speak": "say words",
+    "report": "write a page about a training",
     "compare": "the same training on torch.nn and on seqkern",
 }
 

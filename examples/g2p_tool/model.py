@@ -64,6 +64,18 @@ def build(settings: dict[str, Any]) -> Seq2Seq:
     return Seq2Seq(encoder, decoder)
 
 
+def last_path(folder: Path) -> Path:
+    return folder / "last.pt"
+
+
+def best_path(folder: Path) -> Path:
+    """The best model of the training in a folder. Raises FileNotFoundError where there is none."""
+    path = folder / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"wanted the best model of a training, {path}, which is not there: run `train` first")
+    return path
+
+
 def load_model(path: Path) -> tuple[Seq2Seq, dict[str, Any]]:
     """The model that a training keeps as its best, in evaluation mode, and all that is stored with it."""
     stored = load(path)

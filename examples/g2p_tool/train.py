@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bench.sources import commit
 from g2p_tool import files
 from g2p_tool.data import Dictionary, Pairs, read_dictionary, split
-from g2p_tool.model import MODEL_SETTINGS, add_model_options, parameters, pronounce
+from g2p_tool.model import MODEL_SETTINGS, add_model_options, last_path, parameters, pronounce
 from g2p_tool.scoring import error_rates
 from g2p_tool.training import TRAIN_SETTINGS, Training, learning_rate, loss_of
 
@@ -105,7 +105,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self) -> None:
-        files.save(self.folder / "last.pt", self.training.state() | {"threads": torch.get_num_threads()})
+        files.save(last_path(self.folder), self.training.state() | {"threads": torch.get_num_threads()})
         self.saved = time.monotonic()
 
     def save_best(self) -> None:
@@ -184,7 +184,7 @@ class Run:
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The settings, and the state to go on from. Raises ValueError where the folder or the options do not fit."""
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    path = args.out / "last.pt"
+    path = last_path(args.out)
     if not args.resume:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{args.out} holds a training: go on with --resume, or drop it with --overwrite")
