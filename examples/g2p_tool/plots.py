@@ -25,12 +25,9 @@ def curves(log: Sequence[dict[str, Any]]) -> Figure:
     rates.plot(at, [line["per"] for line in checked], "o-", ms=3, color=OTHER, label="PER")
     if checked:
         best = min(checked, key=lambda line: (line["wer"], line["per"]))
-        rates.annotate(
-            f"{best['wer']:.2f}", (best["step"], best["wer"]), (0, 6), textcoords="offset points", ha="right"
-        )
-        rates.annotate(
-            f"{best['per']:.2f}", (best["step"], best["per"]), (0, 6), textcoords="offset points", ha="right"
-        )
+        for name in ("wer", "per"):
+            place = (best["step"], best[name])
+            rates.annotate(f"{best[name]:.2f}", place, (0, 6), textcoords="offset points", ha="right")
         highest = checked[min(len(checked) - 1, 1)]["wer"]  # the first validation may be far above the others
         rates.set_ylim(0, max(1.25 * highest, 1))
     rates.set_title("errors, %")

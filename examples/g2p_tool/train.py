@@ -19,8 +19,9 @@ from g2p_tool.scoring import error_rates
 from g2p_tool.training import TRAIN_SETTINGS, Training, learning_rate, loss_of
 
 SETTINGS = MODEL_SETTINGS | TRAIN_SETTINGS | {"validate_words": 2000, "validate_every": 0, "log_every": 100}
-POSITIVE = ("layers", "hidden", "embedding", "batch", "epochs", "steps", "validate_words", "log_every", "clip", "lr")
-NOT_NEGATIVE = ("warmup", "validate_every")
+POSITIVE = {"layers", "hidden", "embedding", "batch", "epochs", "steps", "lr", "clip"}
+POSITIVE |= {"validate_words", "log_every", "threads"}
+NOT_NEGATIVE = ("warmup", "validate_every", "save_minutes")
 SHARES = ("dropout", "smoothing", "ema")
 
 
@@ -51,13 +52,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(settings: dict[str, Any]) -> None:
     """Raises ValueError for a setting out of its range."""
-    for name, least in [(n, "more than 0") for n in POSITIVE] + [(n, "0 or more") for n in NOT_NEGATIVE]:
-        value = settings[name]
-        if value is not None and (value < 0 or (value == 0 and least != "0 or more")):
-            raise ValueError(f"--{name.replace('_', '-')} must be {least}, got {value}")
-    for name in SHARES:
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f"--{name} must be at least 0 and less than 1, got {settings[name]}")
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in POSITIVE and value is not None and not value > 0:
+            raise ValueError(f"{option} must be more than 0, got {value}")
+        if name in NOT_NEGATIVE and not value >= 0:
+            raise ValueError(f"{option} must be 0 or more, got {value}")
+        if name in SHARES and not 0 <= value < 1:
+            raise ValueError(f"{option} must be at least 0 and less than 1, got {value}")
 
 
 class Stop:
@@ -184,13 +186,12 @@ class Run:
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The settings, and the state to go on from. Raises ValueError where the folder or the options do not fit."""
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    check(SETTINGS | vars(args))
     path = last_path(args.out)
     if not args.resume:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{args.out} holds a training: go on with --resume, or drop it with --overwrite")
-        settings = SETTINGS | given
-        check(settings)
-        return settings, None
+        return SETTINGS | given, None
     if not path.exists():
         raise ValueError(f"--resume wants a checkpoint {path}, which is not there")
     state = files.load(path)
