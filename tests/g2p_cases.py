@@ -28,8 +28,8 @@ def everything() -> Dictionary:
 _read: list[Dictionary] = []
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Dictionary:
+@pytest.fixture(name="small")
+def small_dictionary(monkeypatch: pytest.MonkeyPatch) -> Dictionary:
     """What the tool takes for the dictionary: a few hundred words of it."""
     words = dict(list(everything().items())[FIRST : FIRST + COUNT])
     entries = [(word, phonemes) for word, said in words.items() for phonemes in said]

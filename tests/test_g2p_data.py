@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from g2p_cases import everything, small  # noqa: F401
+from g2p_cases import everything, small_dictionary  # noqa: F401
 from g2p_tool import data, scoring
 from g2p_tool.data import END, LETTERS, PAD, PHONEMES, START, Pairs
 
@@ -58,7 +58,7 @@ def contents(pairs: Pairs, rows: list[torch.Tensor]) -> list[tuple[str, ...]]:
     return columns
 
 
-def test_the_seed_and_the_epoch_alone_decide_the_order_and_an_epoch_has_every_pair_once(small):  # noqa: F811
+def test_the_seed_and_the_epoch_alone_decide_the_order_and_an_epoch_has_every_pair_once(small):
     pairs = Pairs(list(small), small)
     first = contents(pairs, pairs.epoch(16, seed=1, number=0))
     torch.rand(3)  # the global generator has no part in it
@@ -68,7 +68,7 @@ def test_the_seed_and_the_epoch_alone_decide_the_order_and_an_epoch_has_every_pa
     assert sorted(first) == sorted((*word, "=", *way) for word, said in small.items() for way in said)
 
 
-def test_batches_are_as_many_as_the_schedule_counts_and_hardly_padded(small):  # noqa: F811
+def test_batches_are_as_many_as_the_schedule_counts_and_hardly_padded(small):
     pairs = Pairs(list(small), small)
     rows = pairs.epoch(16, seed=0, number=3)
     assert len(rows) == -(-len(pairs) // 16)

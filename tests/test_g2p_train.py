@@ -8,7 +8,7 @@ import time
 import g2p_cases
 import pytest
 import torch
-from g2p_cases import TINY, log, small, train  # noqa: F401
+from g2p_cases import TINY, log, small_dictionary, train  # noqa: F401
 from g2p_tool import files
 from g2p_tool.training import Training
 
