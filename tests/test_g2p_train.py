@@ -89,7 +89,7 @@ raise SystemExit(g2p_cases.g2p.main(sys.argv[3:]))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*RUN, "--steps", "400", "--validate-every", "150"]
+    options = [*RUN, "--steps", "150", "--validate-every", "60"]
     folders = [str(g2p_cases.EXAMPLES), str(g2p_cases.Path(__file__).parent)]
     command = [sys.executable, "-c", SIGNALLED, *folders, "train", "--out", str(parts), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -100,8 +100,8 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     step = files.load(parts / "last.pt")["step"]
-    assert f"{number.name}: stopped after step {step} of 400, saved; go on with --resume" in out
-    assert 5 <= step < 400 and len(log(parts)) == step
+    assert f"{number.name}: stopped after step {step} of 150, saved; go on with --resume" in out
+    assert 5 <= step < 150 and len(log(parts)) == step
     assert train(parts, "--resume") == train(whole, *options) == 0
     assert log(parts) == log(whole)
 
