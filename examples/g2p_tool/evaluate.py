@@ -46,7 +46,7 @@ def measure(folder: Path, beam: int) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, width in (("greedy", 1), ("beam", beam)):
         start = time.perf_counter()
         said[name] = pronounce(model, words, width)
-        seconds[name] = round(time.perf_counter() - start, 2)
+        seconds[name] = round(time.perf_counter() - start, 4)
         rates[name] = error_rates(words, said[name], dictionary)
     machine = describe("cpu")
     results = {
@@ -74,7 +74,7 @@ def measure(folder: Path, beam: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, WER and PER of this model and of published ones, the worst first."""
     minutes, size = results["train_seconds"] / 60, results["params"] / 1e6
-    name = f"this model, {size:.2f} M parameters, {minutes:.0f} minutes on {results['train_threads']} threads"
+    name = f"this model, {size:.2f} M parameters, {minutes:.3g} minutes on {results['train_threads']} threads"
     rows = [
         (f"{name}, greedy", results["wer_greedy"], f"{results['per']:.2f}"),
         (f"{name}, beam {results['beam']}", results["wer_beam"], f"{results['per_beam']:.2f}"),
