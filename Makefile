@@ -93,7 +93,7 @@ bench: $(VENV)/built.stamp
 	@rm -f bench/out/quick.jsonl
 	$(FORCED) $(PY) bench/run.py --device cpu --quick --json bench/out/quick.jsonl $(ARGS)
 	$(PY) bench/report.py bench/out/quick.jsonl
-	$(FORCED) $(PY) examples/g2p.py --compare --steps 60 --plot bench/out/g2p.png
+	$(FORCED) $(PY) examples/g2p.py compare --steps 60 --plot bench/out/g2p.png
 
 results: $(VENV)/built.stamp
 	$(FORCED) $(PY) bench/run.py --device cpu --peak --memory --json bench/results/cpu.jsonl $(ARGS)

@@ -1,0 +1,1 @@
+"""Letters to phonemes on seqkern.seq2seq: data, training, checkpoints, evaluation, speaking, a report page."""
