@@ -1,19 +1,21 @@
 """The adding problem: how far RNN, LSTM and GRU learn to look back, and how far their gradients reach.
 
-    python examples/adding.py --time 100 400 --plot adding.png
+    python examples/adding.py --plot adding.png                 T = 100: half a minute
+    python examples/adding.py --time 100 300 1000 --plot adding.png
 
 A sequence has two rows: numbers from [0, 1), and marks, a 1 at two steps and 0 elsewhere, the first in the first half.
 The answer, wanted after the last step, is the sum of the two marked numbers (Hochreiter and Schmidhuber 1997). Who
 always answers 1 has a mean squared error of 1/6; below that, a model has carried something over time.
 
 For each cell and length this trains a model, and shows with `seqkern.diagnostics.gradient_flow` the gradient of the
-loss with respect to the state at every step, before training and after.
+loss with respect to the state at every step, before training and after. LSTM and GRU solve it up to T = 1000 and
+beyond, from gates that start open for about as long as the sequences are (`open_gates`); without that start an LSTM does
+not learn T = 100 in as many updates. The RNN's gradient vanishes, and it never gets below what always answering 1 gets.
 
 Needs: pip install matplotlib (for --plot)
 """
 
 import argparse
-import math
 import time
 from typing import NamedTuple
 
@@ -31,16 +33,28 @@ NOTHING_LEARNT = 1 / 6
 class Adder(nn.Module):
     def __init__(self, cell: str, hidden: int, steps: int):
         super().__init__()
-        # A start for long sequences: a forget gate that keeps about as long as they are (Tallec and Ollivier 2018), and
-        # recurrent weights that neither stretch nor shrink.
-        options = {"forget_bias": math.log(steps)} if cell == "LSTM" else {}
-        self.rnn = getattr(seqkern, cell)(2, hidden, recurrent_init="orthogonal", **options)
+        self.rnn = getattr(seqkern, cell)(2, hidden, recurrent_init="orthogonal")
         self.answer = nn.Linear(hidden, 1)
+        open_gates(self.rnn, steps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B] from x [T, B, 2]."""
         y, _ = self.rnn(x)
         return self.answer(y[-1]).squeeze(-1)
+
+
+@torch.no_grad()
+def open_gates(rnn: nn.RNNBase, steps: int) -> None:
+    """The chrono initialisation (Tallec and Ollivier 2018): unit by unit, a memory of 1 to `steps` steps to start with.
+
+    A gate with bias log(u) keeps its state for about u steps. The LSTM's input gate starts at -log(u): what is kept
+    for u steps may grow by 1/u a step. An RNN has no gate.
+    """
+    size, gates = rnn.hidden_size, {"LSTM": {0: -1, 1: 1}, "GRU": {1: 1}}.get(rnn.mode, {})
+    log_u = torch.empty(size).uniform_(1, max(2, steps - 1)).log()
+    for gate, sign in gates.items():
+        rows = slice(gate * size, (gate + 1) * size)
+        rnn.bias_ih_l0[rows], rnn.bias_hh_l0[rows] = sign * log_u, 0.0
 
 
 def draw(steps: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -118,12 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=int, nargs="+", default=[100], metavar="T")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="PNG")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
     a = parser.parse_args()
+    if a.threads:
+        torch.set_num_threads(a.threads)
     runs = []
     for steps in a.time:
         for cell in a.cells:

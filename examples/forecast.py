@@ -143,7 +143,7 @@ def plot(runs: list[common.Run], series: Series, origins: Tensor, path: str) -> 
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, updates=300, quick=30)
+    parser = common.arguments(__doc__, updates=150, quick=20)
     parser.add_argument("--hidden", type=int, default=64)
     a = common.parse(parser)
     series = prepare(read())

@@ -131,14 +131,14 @@ def plot(runs: list[common.Run], test: list[Word], pattern: list[tuple[int, ...]
         place = [n + (k - (len(answers) - 1) / 2) * 0.8 / len(answers) for n in range(2, 7)]
         axes[1].bar(place, right, 0.8 / len(answers), label=name, color=common.COLORS.get(name, "#cccccc"))
     labels = [f"{n}\n({len(group):,})" for n, group in enumerate(groups, 2)]
-    axes[1].set(ylim=(0, 1), ylabel="words right, test", title="by length", xticks=range(2, 7), xticklabels=labels)
+    axes[1].set(ylim=(0, 1.1), ylabel="words right, test", title="by length", xticks=range(2, 7), xticklabels=labels)
     axes[1].set_xlabel("vowels of the word (words in the test part)")
-    axes[1].legend(loc="lower left")
+    axes[1].legend(loc="upper right", ncols=2)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, updates=1200, quick=60)
+    parser = common.arguments(__doc__, updates=1000, quick=60)
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--say", nargs="+", default=["recurrent", "photographer", "banana", "kernel"], metavar="WORD")
     a = common.parse(parser)
