@@ -67,9 +67,8 @@ def prepare(demand: Tensor) -> Series:
     scale = float((known[WEEK:] - known[:-WEEK]).std())
     values = [(demand - known.mean()) / known.std(), (demand - last_week) / scale]
     x = torch.stack([*values, *(f(p) for p in phases for f in (torch.sin, torch.cos))], -1)
-    padded = torch.cat([(demand - last_week) / scale, torch.full((AHEAD,), math.nan)])
-    difference = padded.unfold(0, AHEAD, 1)[1:]  # row n: n+1 to n+48
-    difference[: WEEK - 1] = math.nan
+    differences = torch.cat([values[1].masked_fill(n < WEEK, math.nan), torch.full((AHEAD,), math.nan)])
+    difference = differences.unfold(0, AHEAD, 1)[1:]  # row n: n+1 to n+48
     return Series(demand, x, difference, scale)
 
 

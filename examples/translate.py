@@ -7,7 +7,8 @@
 The Reina-Valera of 1909 and the World English Bible share 31,077 verses; here are those of at most 20 words on each
 side, 8,567, lower-cased, with marks apart; words that training has seen once are <unk>. Verses of the test part that
 stand in the training part too, in either language, are left out: the Bible repeats itself. BLEU is sacrebleu's, on
-these words, greedy and with a beam. The baseline answers with the English of the most similar Spanish verse in training.
+these words, greedy and with a beam. The baseline answers with the English of the most similar Spanish verse that
+training has.
 
 A bidirectional encoder, Luong's general attention, a decoder: `seqkern.seq2seq`. A few minutes of training on a few
 thousand verses give a rough translation, and a clear alignment: see the heat map.
