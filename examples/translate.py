@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from seqkern.seq2seq import Decoder, Encoder, Seq2Seq
 
 SPANISH, ENGLISH = "spaRV1909eb", "engWEB2015eb"
-INSTALL = "apt-get install sword-text-sparv sword-text-web (examples/translate.py --help: how without root)"
+INSTALL = "apt-get install sword-text-sparv sword-text-web (without root: see --help)"
 PAD, BOS, EOS, UNK = range(4)
 LONGEST = 20
 
@@ -53,10 +53,10 @@ def words_of(markup: str) -> list[str]:
 
 def read_bible(root: str, name: str) -> dict[tuple[str, int, int], list[str]]:
     """Words of each verse, by book, chapter and number."""
+    if not any(Path(root, "mods.d", f"{n}.conf").is_file() for n in (name, name.lower())):
+        raise SystemExit(f"The data of this example, SWORD module {name}, is not in {root}: {INSTALL}")
     from pysword.modules import SwordModules
 
-    if not Path(root, "mods.d", f"{name.lower()}.conf").exists() and not Path(root, "mods.d", f"{name}.conf").exists():
-        raise SystemExit(f"The data of this example, SWORD module {name}, is not under {root}: {INSTALL}")
     modules = SwordModules(root)
     modules.parse_modules()
     bible = modules.get_bible_from_module(name)
