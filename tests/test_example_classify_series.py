@@ -45,8 +45,11 @@ def test_padding_does_not_matter(cell):
     torch.testing.assert_close(model(x, lengths), alone)
 
 
-def test_a_short_training(data):
+def test_a_short_training(data, tmp_path):
     train, test = data
     run = example.train_cell("GRU", train, test, range(1), updates=60, hidden=24)
     assert example.accuracy(run.model, test) > 0.8  # always the commonest speaker: 0.24
     assert 0.9 < example.nearest_mean(train, test) < 0.95
+    pytest.importorskip("matplotlib")
+    example.plot([run], test, 0.5, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

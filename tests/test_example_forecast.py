@@ -56,7 +56,7 @@ def test_baselines_by_hand(series):
     assert off[0] == pytest.approx(float(100 * abs(week[0, 0] - series.demand[3001]) / series.demand[3001]))
 
 
-def test_a_short_training(series):
+def test_a_short_training(series, tmp_path):
     origins = torch.arange(END - example.TEST - 1, END - example.AHEAD, 6)
     score = lambda forecasts: float(example.errors(forecasts, series, origins).mean())  # noqa: E731
     check = lambda model: score(example.forecast(model, series, origins))  # noqa: E731
@@ -64,3 +64,6 @@ def test_a_short_training(series):
     run = common.train("GRU", example.Forecaster("GRU", 24), batches, example.loss_of, check, 40, rate=1e-2)
     assert run.curve[-1][1] < score(example.same_last(series, origins, example.WEEK))
     assert run.curve[-1][1] < 0.4 * score(example.same_last(series, origins, example.DAY))
+    pytest.importorskip("matplotlib")
+    example.plot([run], series, origins, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

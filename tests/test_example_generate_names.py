@@ -68,7 +68,7 @@ def test_samples():
     assert all(len(name) <= example.LONGEST and {*name} <= {*example.LETTERS} for name in samples)
 
 
-def test_a_short_training(names):
+def test_a_short_training(names, tmp_path):
     train, held = names
     held = {kind: some[:200] for kind, some in held.items()}
     model = example.Writer("GRU", 32)
@@ -77,3 +77,6 @@ def test_a_short_training(names):
     letters = "".join(itertools.chain(*train.values(), *held.values()))
     single = math.exp(-sum(p * math.log(p) for p in (letters.count(c) / len(letters) for c in example.LETTERS)))
     assert run.curve[-1][1] < 0.85 * single < 16.5
+    pytest.importorskip("matplotlib")
+    example.plot([run], held, 11.0, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

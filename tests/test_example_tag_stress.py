@@ -53,10 +53,13 @@ def test_answers_are_aligned():
     assert example.tag(model, words) == [(2, 2, 2), (2, 2)]
 
 
-def test_a_short_training(parts):
+def test_a_short_training(parts, tmp_path):
     test = parts["test"][:500]
     batches = example.batches(parts["train"], 64, 0)
     check = lambda model: example.accuracy(example.tag(model, test), test)[0]  # noqa: E731
     run = common.train("GRU", example.Tagger("GRU", 32, 24), batches, example.loss_of, check, 60)
     simple = example.baselines(parts["train"], test)["commonest pattern"]
     assert run.curve[-1][1] > example.accuracy(simple, test)[0] + 0.03
+    pytest.importorskip("matplotlib")
+    example.plot([run], test, simple, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -87,7 +87,7 @@ def test_bleu():
 
 
 @pytest.mark.parametrize("cell", ["GRU", "LSTM"])
-def test_a_toy_language(task, cell):
+def test_a_toy_language(task, cell, tmp_path):
     """Digits backwards: after a short training most of fresh sentences are right, greedy and with a beam."""
     fresh = toy(60, 1)
 
@@ -100,3 +100,6 @@ def test_a_toy_language(task, cell):
     assert run.curve[-1][1] > 0.6, run.curve
     if hasattr(model, "beam"):
         assert right(model, 3) > 0.6
+    pytest.importorskip("matplotlib")
+    example.plot([run], task, fresh[0], str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
