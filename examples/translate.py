@@ -188,7 +188,7 @@ def plot(runs: list[common.Run], task: Task, verse: Verse, path: str) -> None:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, updates=1500, quick=30)
+    parser = common.arguments(__doc__, updates=1000, quick=30)
     parser.set_defaults(cell=["GRU"])
     parser.add_argument("--sword", default="/usr/share/sword", metavar="FOLDER", help="default: /usr/share/sword")
     parser.add_argument("--hidden", type=int, default=256)
