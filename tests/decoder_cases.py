@@ -39,7 +39,7 @@ CASES = (
     Case("gru"),
     Case("lstm", 2, K=9, masked=True),
     Case("rnn_tanh", 3, 2, 1, 5, 17, 3, K=1),
-    Case("rnn_relu", 2, 4, 9, 2, 5, 70, masked=True),
+    Case("rnn_relu", 2, 3, 9, 2, 5, 70, masked=True),
     Case("gru", 2, 6, 33, 9, 65, 33, K=40),
     Case("gru", 3, 2, 3, 19, 3, 1, masked=True, lengths=(3, 0, 1) * 6 + (2,)),
     Case("lstm", 1, 5, 20, 11, 64, 128),
@@ -52,7 +52,7 @@ CASES = (
 
 def lengths_of(case: Case) -> Tensor:
     if case.lengths is not None:
-        return torch.tensor(case.lengths)
+        return torch.tensor(case.lengths, dtype=torch.int64)
     return torch.arange(case.B) * case.S // max(case.B - 1, 1) if case.B > 1 else torch.full((case.B,), case.S)
 
 
