@@ -31,7 +31,9 @@ class Case:
     @property
     def name(self) -> str:
         kind = "dot" if self.K is None else f"additive{self.K}"
-        return f"{self.cell}_l{self.L}_{kind}_t{self.T}_s{self.S}_b{self.B}_h{self.H}_a{self.A}" + "_masks" * self.masked
+        return (
+            f"{self.cell}_l{self.L}_{kind}_t{self.T}_s{self.S}_b{self.B}_h{self.H}_a{self.A}" + "_masks" * self.masked
+        )
 
 
 # Pairwise over cells, layers, scorers, masks and sizes on either side of the vectors' and tiles' widths.

@@ -1,6 +1,9 @@
 // Attention of one row of the batch at one step: scores, softmax, weighted sum, and their derivatives. A row's keys lie
 // together and are read once from the outer cache for each of these, so that none has an intermediate in memory.
 //
+// Keys and values of a large batch come from an outer cache, in pieces that the hardware's prefetcher sees the end of too
+// late: `ahead` is how far on, in elements, the next row of the batch has what is read here.
+//
 // Vectors of type Acc are padded with zeros to whole registers; keys and values, of the storage type S, are not.
 #pragma once
 #include "team.h"
@@ -15,7 +18,7 @@ template <class T> SK_INL T total(Pack<T> x) {
   return lanes[0];
 }
 
-// from[0 .. kCount) at distance kWidth, of which `lanes` elements are there.
+// A vector, of which `lanes` elements are there: all, where kWhole.
 template <bool kWhole, class S> SK_INL auto load_part(const S* from, int64_t lanes) {
   if constexpr (kWhole) return load(from);
   else return load(from, lanes);
@@ -28,7 +31,7 @@ template <class S> struct AttentionRow {
   static constexpr int kBlock = kRegisters == 32 ? 8 : 4;  // vectors that are summed over the source at a time
 
   // to[s] = q . rows[s] for s < n; rows of k elements.
-  static __attribute__((noinline)) void dots(const Acc* q, const S* rows, int64_t n, int64_t k, Acc* to) {
+  static __attribute__((noinline)) void dots(const Acc* q, const S* rows, int64_t n, int64_t k, int64_t ahead, Acc* to) {
     constexpr int kRows = 4;
     for (int64_t s = 0; s < n; s += kRows) {
       const S* row[kRows];
@@ -40,7 +43,10 @@ template <class S> struct AttentionRow {
       int64_t j = 0;
       for (; j + kWidth <= k; j += kWidth) {
         V x = load(q + j);
-        for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + x * load(row[i] + j);
+        for (int i = 0; i < kRows; ++i) {
+          __builtin_prefetch(row[i] + j + ahead, 0, 2);
+          sum[i] = sum[i] + x * load(row[i] + j);
+        }
       }
       if (j < k)
         for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load(q + j) * load(row[i] + j, k - j);
@@ -76,18 +82,22 @@ template <class S> struct AttentionRow {
   }
 
   // to[j] = sum over s < n of w[s] rows[s][j], j < k; `to` is padded.
-  static __attribute__((noinline)) void weighted(const Acc* w, const S* rows, int64_t n, int64_t k, Acc* to) {
+  static __attribute__((noinline)) void weighted(const Acc* w, const S* rows, int64_t n, int64_t k, int64_t ahead, Acc* to) {
     int64_t j = 0;
-    for (; j + kBlock * kWidth <= k; j += kBlock * kWidth) weighted_block<kBlock, true>(w, rows + j, n, k, k - j, to + j);
-    for (; j + kWidth <= k; j += kWidth) weighted_block<1, true>(w, rows + j, n, k, k - j, to + j);
-    if (j < k) weighted_block<1, false>(w, rows + j, n, k, k - j, to + j);
+    for (; j + kBlock * kWidth <= k; j += kBlock * kWidth) weighted_block<kBlock, true>(w, rows + j, n, k, k - j, ahead, to + j);
+    for (; j + kWidth <= k; j += kWidth) weighted_block<1, true>(w, rows + j, n, k, k - j, ahead, to + j);
+    if (j < k) weighted_block<1, false>(w, rows + j, n, k, k - j, ahead, to + j);
   }
   template <int kCount, bool kWhole>
-  static SK_INL void weighted_block(const Acc* w, const S* rows, int64_t n, int64_t ld, int64_t lanes, Acc* to) {
+  static SK_INL void weighted_block(const Acc* w, const S* rows, int64_t n, int64_t ld, int64_t lanes,
+                                    int64_t ahead, Acc* to) {
     V sum[kCount];
     for (int i = 0; i < kCount; ++i) sum[i] = V(0);
     for (int64_t s = 0; s < n; ++s)
-      for (int i = 0; i < kCount; ++i) sum[i] = sum[i] + V(w[s]) * load_part<kWhole>(rows + s * ld + i * kWidth, lanes);
+      for (int i = 0; i < kCount; ++i) {
+        __builtin_prefetch(rows + s * ld + i * kWidth + ahead, 0, 2);
+        sum[i] = sum[i] + V(w[s]) * load_part<kWhole>(rows + s * ld + i * kWidth, lanes);
+      }
     for (int i = 0; i < kCount; ++i) store(sum[i], to + i * kWidth);
   }
 

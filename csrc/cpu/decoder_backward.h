@@ -14,6 +14,9 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all, Base::grads, Base::grad_ld;
   using Base::work, Base::sum_weights, Base::Base;
 
+  // Whether the stored gradients are operands as they are. Else each step's are rounded into buffers.
+  static constexpr bool kOperands = sizeof(typename OperandOf<S>::Type) == sizeof(Acc);
+
   struct Layer { Panels<S> w_x, w_hh; };  // right-hand sides [G*H, A or H], [G*H, H]
   struct Shared {
     Panels<S> w_query, w_pre;  // right-hand sides [K, H], [A, H]
@@ -25,11 +28,20 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     Rows<S> grads, pre, query;  // operands of a step's products
     Acc *dh, *carry;            // [L][rows][ldh]; carry: of c, or the part of h's that goes past the cell
     Acc* dfeed;                 // [rows][lda]
-    Acc *wide_pre, *wide_query, *dq, *dv;  // a row's, padded: [lda], [ldk] each
+    Acc *wide_query, *dq, *dv;  // [ldk] each, a row's
     Acc *alpha, *dalpha;        // [ld_scores]
     Acc* dkeys;                 // [rows][S][K], additive scores in 16 bits
     int64_t rows;
   };
+
+  // The operand for rows whose gradients are stored from `from` on.
+  static Rows<S> operand(const Rows<S>& buffer, const Acc* from) {
+    return kOperands ? Rows<S>{(char*)from, buffer.ld, false} : buffer;
+  }
+  static SK_INL void put(V x, Acc* stored, const Rows<S>& buffer, int64_t r, int64_t j, int64_t lanes) {
+    store(x, stored + j, lanes);
+    if (!kOperands) buffer.put(x, r, j, lanes);
+  }
 
   Layer layer(Arena& m, int64_t l) const {
     Layer w;
@@ -49,8 +61,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     s.w_pre = m.panels<S>(wide_panels(a.hidden), a.vector, kWide, false);
     s.v = m.take<Acc>(ldk);
     s.store.grads = m.take<Acc>(a.layers * rows() * grad_ld());
-    s.store.pre = m.take<Acc>(rows() * a.vector);
-    s.store.query = m.take<Acc>(additive() ? rows() * a.key : 0);
+    s.store.pre = m.take<Acc>(rows() * lda);
+    s.store.query = m.take<Acc>(additive() ? rows() * ldk : 0);
     s.store.scores = m.take<Acc>(additive() ? 0 : rows() * a.source);
     s.store.dv = m.take<Acc>(a.threads * ldk);
     s.layers = m.take<char>(0);
@@ -60,13 +72,13 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   Own own(Arena& m) const {
     Own o;
     o.rows = most_rows();
-    o.grads = m.rows<S>(o.rows, ceil_div(C::kGrads * a.hidden + kWidth, 32) * 32 + 32, false);
-    o.pre = m.rows<S>(o.rows, lda, false);
-    o.query = m.rows<S>(additive() ? o.rows : 0, ldk, false);
+    const int64_t buffered = kOperands ? 0 : o.rows;
+    o.grads = m.rows<S>(buffered, grad_ld(), false);
+    o.pre = m.rows<S>(buffered, lda, false);
+    o.query = m.rows<S>(additive() ? buffered : 0, ldk, false);
     o.dh = m.take<Acc>(a.layers * o.rows * ldh);
     o.carry = m.take<Acc>(a.layers * o.rows * ldh);
     o.dfeed = m.take<Acc>(o.rows * lda);
-    o.wide_pre = m.take<Acc>(lda);
     o.wide_query = m.take<Acc>(ldk);
     o.dq = m.take<Acc>(ldk);
     o.dv = m.take<Acc>(ldk);
@@ -154,8 +166,10 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       Acc* at = o.dh + (top + r) * ldh + j;
       store(load(at) + x, at);
     };
-    wide_product(o.pre, n, s.w_pre, a.hidden, (const Acc*)nullptr, add_top);
-    if (additive()) wide_product(o.query, n, s.w_query, a.hidden, (const Acc*)nullptr, add_top);
+    const int64_t row = t * a.batch + rows.begin;
+    wide_product(operand(o.pre, s.store.pre + row * lda), n, s.w_pre, a.hidden, (const Acc*)nullptr, add_top);
+    if (additive())
+      wide_product(operand(o.query, s.store.query + row * ldk), n, s.w_query, a.hidden, (const Acc*)nullptr, add_top);
     for (int64_t l = a.layers - 1; l >= 0; --l) layer_step(s, o, t, l, rows);
   }
 
@@ -163,18 +177,16 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   void attention(const Shared& s, const Own& o, int64_t t, int64_t b, int64_t r) const {
     const int64_t length = a.lengths[b], row = t * a.batch + b;
     const S *y = (const S*)a.a + row * a.vector, *dy = a.da ? (const S*)a.da + row * a.vector : nullptr;
-    Acc* pre = s.store.pre + row * a.vector;
+    Acc* pre = s.store.pre + row * lda;
     for (int64_t j = 0; j < a.vector; j += kWidth) {
       const int64_t lanes = a.vector - j;
       V d = load(o.dfeed + r * lda + j), out = load(y + j, lanes);
       if (dy) d = d + load(dy + j, lanes);
       d = d * (V(1) - out * out);
-      store(d, pre + j, lanes);
-      store(d, o.wide_pre + j);
-      o.pre.put(d, r, j, lanes);
+      put(d, pre, o.pre, r, j, kWidth);  // lanes past A are zeros
     }
     const S *alpha = (const S*)a.alpha + row * a.source, *dalpha = a.dalpha ? (const S*)a.dalpha + row * a.source : nullptr;
-    Row::dots(o.wide_pre, (const S*)a.values + b * a.source * a.vector, length, a.vector, o.dalpha);
+    Row::dots(pre, (const S*)a.values + b * a.source * a.vector, length, a.vector, a.source * a.vector, o.dalpha);
     for (int64_t i = 0; i < length; i += kWidth) {
       store(load(alpha + i, length - i), o.alpha + i);
       if (dalpha) store(load(o.dalpha + i) + load(dalpha + i, length - i), o.dalpha + i);
@@ -186,14 +198,12 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       Acc* dkeys = o.dkeys + r * a.source * a.key;
       if constexpr (kDirect) dkeys = (Acc*)a.dkeys + b * a.source * a.key;
       Row::additive_backward(o.dalpha, o.wide_query, s.v, keys, length, a.key, o.dq, o.dv, a.dkeys ? dkeys : nullptr);
-      for (int64_t j = 0; j < a.key; j += kWidth) {
-        store(load(o.dq + j), s.store.query + row * a.key + j, a.key - j);
-        o.query.put(load(o.dq + j), r, j, a.key - j);
-      }
+      for (int64_t j = 0; j < a.key; j += kWidth)
+        put(load(o.dq + j), s.store.query + row * ldk, o.query, r, j, a.key - j);
     } else {
       for (int64_t i = 0; i < a.source; i += kWidth)
         store(i < length ? load(o.dalpha + i, length - i) : V(0), s.store.scores + row * a.source + i, a.source - i);
-      Row::weighted(o.dalpha, keys, length, a.key, o.dq);
+      Row::weighted(o.dalpha, keys, length, a.key, a.source * a.key, o.dq);
       Acc* dh = o.dh + ((a.layers - 1) * o.rows + r) * ldh;
       for (int64_t j = 0; j < a.hidden; j += kWidth) store(load(dh + j) + load(o.dq + j), dh + j);
     }
@@ -203,7 +213,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     const int64_t n = rows.end - rows.begin;
     const Layer w = layer(s, l);
     for (int64_t r = 0; r < n; ++r) cells(s, o, t, l, rows.begin + r, r);
-    wide_product(o.grads, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
+    const Rows<S> d = operand(o.grads, grads(s.store, l, t, rows.begin));
+    wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
       if (l == 0) return store(x, o.dfeed + r * lda + j);
       if (a.masks) {
         const int64_t b = rows.begin + r;
@@ -214,7 +225,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
       store(load(at) + x, at);
     });
-    wide_product(o.grads.at(0, kSkip * a.hidden), n, w.w_hh, a.hidden, (const Acc*)nullptr,
+    wide_product(d.at(0, kSkip * a.hidden), n, w.w_hh, a.hidden, (const Acc*)nullptr,
                  [&](int64_t r, int64_t j, int64_t, V x) { store(x, o.dh + (l * o.rows + r) * ldh + j); });
   }
 
@@ -232,10 +243,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       V carry = load(o.carry + at);
       C::backward(saved, out, prev, load(o.dh + at), carry, grad);
       store(carry, o.carry + at);
-      for (int g = 0; g < C::kGrads; ++g) {
-        o.grads.put(grad[g], r, g * a.hidden + j, lanes);
-        store(grad[g], to + g * a.hidden + j, lanes);
-      }
+      for (int g = 0; g < C::kGrads; ++g) put(grad[g], to, o.grads, r, g * a.hidden + j, lanes);
       if (l) continue;
       for (int g = 0; g < C::kGates; ++g)
         store(grad[g], (S*)a.dgx + ((t * a.batch + b) * C::kGates + C::kOrder[g]) * a.hidden + j, lanes);
@@ -261,8 +269,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   void sum_sources(const Shared& s, const Own& o, Range rows) const {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t length = a.lengths[b];
-      Row::template outer<S, Acc>({(const S*)a.alpha + b * a.source, a.batch * a.source, s.store.pre + b * a.vector,
-                                   a.batch * a.vector, a.steps, length, a.source, a.vector,
+      Row::template outer<S, Acc>({(const S*)a.alpha + b * a.source, a.batch * a.source, s.store.pre + b * lda,
+                                   a.batch * lda, a.steps, length, a.source, a.vector,
                                    (S*)a.dvalues + b * a.source * a.vector});
       S* dkeys = (S*)a.dkeys + b * a.source * a.key;
       if (!additive()) {

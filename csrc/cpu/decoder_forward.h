@@ -198,11 +198,12 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
       const S* keys = (const S*)a.keys + b * a.source * a.key;
       const Acc* q = o.query + r * ldk;
       if (additive()) Row::additive(q, s.v, keys, length, a.key, o.weights);
-      else Row::dots(q, keys, length, a.key, o.weights);
+      else Row::dots(q, keys, length, a.key, a.source * a.key, o.weights);
       Row::softmax(o.weights, length, a.source);
       S* alpha = (S*)a.alpha + (t * a.batch + b) * a.source;
       for (int64_t i = 0; i < a.source; i += kWidth) store(load(o.weights + i, a.source - i), alpha + i, a.source - i);
-      Row::weighted(o.weights, (const S*)a.values + b * a.source * a.vector, length, a.vector, o.context + r * lda);
+      Row::weighted(o.weights, (const S*)a.values + b * a.source * a.vector, length, a.vector,
+                    a.source * a.vector, o.context + r * lda);
     }
     wide_product(h, n, s.w_pre, a.vector, s.b_pre, [&](int64_t r, int64_t j, int64_t lanes, V x) {
       V y = tanh_(x + load(o.context + r * lda + j));

@@ -187,8 +187,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return run_forward({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell}, save);
 }
 
-Tensor like_if(bool wanted, const Tensor& like, const Optional& t) {
-  return t && wanted ? zeros(like, sizes_of(*t)) : empty(like, {0});
+// The kernels write every element, but there is no kernel call for a batch of 0.
+Tensor like_if(bool wanted, const Tensor& like, const Optional& t, bool none) {
+  if (!t || !wanted) return empty(like, {0});
+  return none ? zeros(like, sizes_of(*t)) : empty(like, sizes_of(*t));
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -211,15 +213,16 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
     std::tie(out, std::ignore, std::ignore, alpha, reserve) = run_forward(call.in, true);
   want.check(reserve, "reserve", "[T*B*(L*(saved + 1)*H + K)]", {call.reserve_size()});
 
+  const bool none = a.batch == 0;
   Tensors dweights;
   for (const Tensor& w : weights)
-    if (need_weights) dweights.push_back(zeros(gx, sizes_of(w)));
+    if (need_weights) dweights.push_back(like_if(true, gx, w, none));
   Tensor dgx = empty(gx, sizes_of(gx)), dfeed0 = empty(gx, sizes_of(feed0)), dh0 = empty(gx, sizes_of(h0));
   Tensor dc0 = lstm ? empty(gx, sizes_of(h0)) : empty(gx, {0});
-  Tensor dkeys = like_if(need_sources, gx, keys), dvalues = like_if(need_sources, gx, values);
-  Tensor dw_query = like_if(need_weights, gx, w_query), dv = like_if(need_weights, gx, v);
-  Tensor dw_pre = like_if(need_weights, gx, w_pre), db_pre = like_if(need_weights, gx, b_pre);
-  Tensor dmasks = like_if(need_masks, gx, masks);
+  Tensor dkeys = like_if(need_sources, gx, keys, none), dvalues = like_if(need_sources, gx, values, none);
+  Tensor dw_query = like_if(need_weights, gx, w_query, none), dv = like_if(need_weights, gx, v, none);
+  Tensor dw_pre = like_if(need_weights, gx, w_pre, none), db_pre = like_if(need_weights, gx, b_pre, none);
+  Tensor dmasks = like_if(need_masks, gx, masks, none);
   Gradients all{dgx, dfeed0, dh0, dc0, dweights, dkeys, dvalues, dw_query, dv, dw_pre, db_pre, dmasks};
   if (a.batch == 0) return all;
 

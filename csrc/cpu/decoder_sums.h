@@ -10,7 +10,7 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
   using Base = Decoder<C, S>;
   using typename Base::Acc, typename Base::V;
   using Base::kWidth, Base::kWideColumns, Base::kSkip, Base::Base;
-  using Base::a, Base::ldh, Base::ldk, Base::additive, Base::input, Base::kept_h, Base::mask, Base::wide_panels;
+  using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::kept_h, Base::mask, Base::wide_panels;
   static constexpr int kTile = tile_rows(kWide), kLeft = 8;
   static constexpr int64_t kBlockRows = 256;
   static constexpr bool kDirect = sizeof(S) == sizeof(Acc);  // no wider place is needed for the sums
@@ -18,14 +18,14 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
 
   // Gradients of all steps, row t * B + b.
   struct Store {
-    Acc* grads;   // [L][T*B][kGrads*H] in the cell's order
-    Acc* pre;     // [T*B][A] of what the attentional vector's tanh is taken of
-    Acc* query;   // [T*B][K] of w_query h
+    Acc* grads;   // [L][T*B][ldg], columns as the cell orders them
+    Acc* pre;     // [T*B][lda] of what the attentional vector's tanh is taken of
+    Acc* query;   // [T*B][ldk] of w_query h
     Acc* scores;  // [T*B][S]
     Acc* dv;      // [threads][ldk]
   };
   int64_t rows() const { return a.steps * a.batch; }
-  int64_t grad_ld() const { return C::kGrads * a.hidden; }
+  int64_t grad_ld() const { return ceil_div(C::kGrads * a.hidden + kWidth, 32) * 32 + 32; }
   Acc* grads(const Store& s, int64_t l, int64_t t, int64_t b) const {
     return s.grads + (l * rows() + t * a.batch + b) * grad_ld();
   }
@@ -52,8 +52,8 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
         return {from, grad_ld(), input(l), a.hidden, C::kGates, C::kOrder, l ? kBelow : kFeed, l, (S*)to.w_x, (S*)to.b_x};
       return {from + kSkip * a.hidden, grad_ld(), a.hidden, a.hidden, C::kGates, C::kOrderH, kBefore, l, (S*)to.w_hh, (S*)to.b_hh};
     }
-    if (i == 2 * a.layers) return {s.pre, a.vector, a.hidden, a.vector, 1, kNone, kTop, 0, (S*)a.dw_pre, (S*)a.db_pre};
-    return {s.query, a.key, a.hidden, a.key, 1, kNone, kTop, 0, (S*)a.dw_query, nullptr};
+    if (i == 2 * a.layers) return {s.pre, lda, a.hidden, a.vector, 1, kNone, kTop, 0, (S*)a.dw_pre, (S*)a.db_pre};
+    return {s.query, ldk, a.hidden, a.key, 1, kNone, kTop, 0, (S*)a.dw_query, nullptr};
   }
   // What step t multiplied for row b.
   const S* multiplied(const Sum& m, int64_t t, int64_t b) const {

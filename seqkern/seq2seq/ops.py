@@ -131,8 +131,12 @@ def _double_backward(ctx, *second):
         if chain:
             found = iter(
                 torch.autograd.grad(
-                    [f for f, _ in chain], known, [s for _, s in chain], create_graph=create_graph,
-                    allow_unused=True, materialize_grads=True,
+                    [f for f, _ in chain],
+                    known,
+                    [s for _, s in chain],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )  # fmt: skip
             )
     grads = [next(found) if t is not None else None for t in wanted]
@@ -141,9 +145,7 @@ def _double_backward(ctx, *second):
     return (*d_cotangents, *d_arguments, *[None] * (len(ctx.needs_input_grad) - 17))
 
 
-torch.library.register_autograd(
-    "seqkern::attention_decoder_backward", _double_backward, setup_context=_double_setup
-)
+torch.library.register_autograd("seqkern::attention_decoder_backward", _double_backward, setup_context=_double_setup)
 ops.register_autocast("attention_decoder", "cpu", "AutocastCPU")
 
 
