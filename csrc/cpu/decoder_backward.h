@@ -240,6 +240,12 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       for (int q = 0; q < C::kSaved; ++q) saved[q] = load(keep + q * a.hidden + j, lanes);
       if (C::kCarry == Carry::kNone) out = load(keep + j, lanes);
       else prev = load(before + j, lanes);
+      // The next row's: of many short streams the hardware foresees none.
+      for (int q = 0; q < C::kSaved; ++q) __builtin_prefetch(keep + (Base::kStride + q) * a.hidden + j, 0, 2);
+      __builtin_prefetch(before + Base::kStride * a.hidden + j, 0, 2);
+      for (int g = 0; g < C::kGrads; ++g) __builtin_prefetch(to + grad_ld() + g * a.hidden + j, 1, 2);
+      for (int g = 0; !l && g < C::kGates; ++g)
+        __builtin_prefetch((S*)a.dgx + ((t * a.batch + b + 1) * C::kGates + g) * a.hidden + j, 1, 2);
       V carry = load(o.carry + at);
       C::backward(saved, out, prev, load(o.dh + at), carry, grad);
       store(carry, o.carry + at);

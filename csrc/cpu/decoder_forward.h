@@ -31,7 +31,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   struct Own {
     Rows<S> feed, h, below[2];  // h: [2][L][rows], state before and after a step by turns; below: masked h, by turns
     Acc *carry;                 // [L][rows][ldh]
-    Acc *gx;                    // [rows][kColumns] a panel of the product with what comes from below
+    Acc *gx;                    // [tile][kColumns] a tile of the product with what comes from below
     Acc *query, *context;       // [rows][ldk], [rows][lda]
     Acc *weights;               // [ld_scores]
     int64_t rows;
@@ -69,7 +69,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
     o.h = m.rows<S>(2 * a.layers * o.rows, ldh, false);
     for (Rows<S>& below : o.below) below = m.rows<S>(a.masks ? o.rows : 0, ldh, false);
     o.carry = m.take<Acc>(a.layers * o.rows * ldh);
-    o.gx = m.take<Acc>(o.rows * kColumns);
+    o.gx = m.take<Acc>(tile_rows(kVectors) * kColumns);
     o.query = m.take<Acc>(o.rows * ldk);
     o.context = m.take<Acc>(o.rows * lda);
     o.weights = m.take<Acc>(ld_scores);
@@ -146,42 +146,57 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
     const int64_t n = rows.end - rows.begin;
     const Rows<S> h = o.state(t & 1, a.layers, l), next = o.state((t + 1) & 1, a.layers, l);
     const Rows<S> x = l == 0 ? o.feed : a.masks ? o.below[l & 1] : o.state((t + 1) & 1, a.layers, l - 1);
+    // Tile by tile, so that what the first product gives is still in L1 when the second meets it.
+    constexpr int kMost = tile_rows(kVectors);
+    const int64_t tiles = ceil_div(n, kMost);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Range some = part(n, int(i), int(tiles));
+        const int64_t m = some.end - some.begin;
+        multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
+          for (int k = 0; k < count * kVectors; ++k) store(load(c + k * kWidth), o.gx + k * kWidth);
+        });
+        multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh, [&](int64_t, int64_t, int count, const Acc* c) {
+          for (int k = 0; k < count; ++k)
+            cells(o, {t, l, p, rows.begin + some.begin + k}, some.begin + k, o.gx + k * kColumns, c + k * kColumns, next);
+        });
+      }
+  }
+
+  struct Place { int64_t t, l, panel, b; };
+  // The cells of a panel's units for row b of the batch, r of this thread.
+  SK_INL void cells(const Own& o, const Place& at, int64_t r, const Acc* from_x, const Acc* from_h, const Rows<S>& next) const {
+    const int64_t t = at.t, l = at.l, b = at.b;
     const bool top = l + 1 == a.layers, last = t + 1 == a.steps;
-    for (int64_t p = 0; p < panels; ++p) {
-      multiply<kVectors>(x, n, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t r0, int count, const Acc* c) {
-        for (int i = 0; i < count * kVectors; ++i) store(load(c + i * kWidth), o.gx + r0 * kColumns + i * kWidth);
-      });
-      multiply<kVectors>(h, n, w.w_hh, p, p + 1, w.b_hh, [&](int64_t, int64_t r0, int count, const Acc* c) {
-        for (int i = 0; i < count; ++i) {
-          const int64_t r = r0 + i, b = rows.begin + r;
-          for (int u = 0; u < kBlocks; ++u) {
-            const int64_t j = (p * kBlocks + u) * kWidth, lanes = a.hidden - j;
-            if (lanes <= 0) break;
-            V gx[C::kGates], gh[C::kGates], saved[C::kSaved ? C::kSaved : 1], out;
-            for (int g = 0; g < C::kGates; ++g) {
-              gx[g] = load(o.gx + r * kColumns + (u * C::kGates + g) * kWidth);
-              gh[g] = load(c + i * kColumns + (u * C::kGates + g) * kWidth);
-              if (l == 0)
-                gx[g] = gx[g] + load((const S*)a.gx + ((t * a.batch + b) * C::kGates + g) * a.hidden + j, lanes);
-            }
-            Acc* at = o.carry + (l * o.rows + r) * ldh + j;
-            V carry = load(at);
-            C::forward(gx, gh, carry, out, saved);
-            store(carry, at);
-            next.put(out, r, j, lanes);
-            if (top && !additive()) store(out, o.query + r * ldk + j);
-            if (!top && a.masks) o.below[(l + 1) & 1].put(out * load(mask(t, l, b) + j, lanes), r, j, lanes);
-            if (a.reserve) {
-              S* keep = kept(t, l, b) + j;
-              for (int q = 0; q < C::kSaved; ++q) store(saved[q], keep + q * a.hidden, lanes);
-              store(out, keep + C::kSaved * a.hidden, lanes);
-            }
-            if (!last) continue;
-            store(out, (S*)a.h_n + (l * a.batch + b) * a.hidden + j, lanes);
-            if (C::kCarry == Carry::kCell) store(carry, (S*)a.c_n + (l * a.batch + b) * a.hidden + j, lanes);
-          }
-        }
-      });
+    for (int u = 0; u < kBlocks; ++u) {
+      const int64_t j = (at.panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
+      if (lanes <= 0) break;
+      V gx[C::kGates], gh[C::kGates], saved[C::kSaved ? C::kSaved : 1], out;
+      for (int g = 0; g < C::kGates; ++g) {
+        gx[g] = load(from_x + (u * C::kGates + g) * kWidth);
+        gh[g] = load(from_h + (u * C::kGates + g) * kWidth);
+        if (l) continue;
+        const S* given = (const S*)a.gx + ((t * a.batch + b) * C::kGates + g) * a.hidden + j;
+        // For the next panel, or step: of many short streams the hardware foresees none.
+        __builtin_prefetch(lanes > kBlocks * kWidth ? given + kBlocks * kWidth : given - j + a.batch * C::kGates * a.hidden, 0, 2);
+        gx[g] = gx[g] + load(given, lanes);
+      }
+      Acc* held = o.carry + (l * o.rows + r) * ldh + j;
+      V carry = load(held);
+      C::forward(gx, gh, carry, out, saved);
+      store(carry, held);
+      next.put(out, r, j, lanes);
+      if (top && !additive()) store(out, o.query + r * ldk + j);
+      if (!top && a.masks) o.below[(l + 1) & 1].put(out * load(mask(t, l, b) + j, lanes), r, j, lanes);
+      if (a.reserve) {
+        S* keep = kept(t, l, b) + j;
+        for (int q = 0; q < C::kSaved; ++q) store(saved[q], keep + q * a.hidden, lanes);
+        store(out, keep + C::kSaved * a.hidden, lanes);
+        for (int q = 0; q <= C::kSaved; ++q) __builtin_prefetch(keep + q * a.hidden + kBlocks * kWidth, 1, 2);
+      }
+      if (!last) continue;
+      store(out, (S*)a.h_n + (l * a.batch + b) * a.hidden + j, lanes);
+      if (C::kCarry == Carry::kCell) store(carry, (S*)a.c_n + (l * a.batch + b) * a.hidden + j, lanes);
     }
   }
 
