@@ -1,5 +1,5 @@
 // The table of contents of the C++ side: the module and every operator's schema.
-// Python adds fake kernels, autograd and autocast in seqkern/ops.py, in this order.
+// Python adds fake kernels, autograd and autocast in seqkern/ops.py (and seqkern/seq2seq/ops.py), in this order.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -32,6 +32,17 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
+  // Recurrent layers with attention and input feeding over a whole target: seqkern/seq2seq/reference.py.
+  m.def("attention_decoder(Tensor gx, Tensor feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
+        " Tensor values, Tensor lengths, Tensor? w_query, Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks,"
+        " str cell, bool save) -> (Tensor a, Tensor h_n, Tensor c_n, Tensor alpha, Tensor reserve)");
+  // What is not needed or not there comes back empty.
+  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor feed0,"
+        " Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor? w_query,"
+        " Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks, Tensor a, Tensor alpha, Tensor reserve, str cell,"
+        " bool need_sources, bool need_weights, bool need_masks) -> (Tensor dgx, Tensor dfeed0, Tensor dh0, Tensor dc0,"
+        " Tensor[] dweights, Tensor dkeys, Tensor dvalues, Tensor dw_query, Tensor dv, Tensor dw_pre, Tensor db_pre,"
+        " Tensor dmasks)");
   // A mask like `like` of the given size: `value` with probability p, else 0. Definition: seqkern/masks.py.
   m.def("_cpu_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build
