@@ -33,15 +33,15 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
   // Searches, the whole loop: seqkern/seq2seq/compiled.py. `packed` holds a decoder's weights, opaque.
-  m.def("search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensor[] layers, Tensor[] query, Tensor[] pre, Tensor[] out,"
-        " str cell, str attention, int embedding) -> Tensor packed");
-  m.def("search_greedy(Tensor packed, Tensor? embedding, Tensor? keys, Tensor? values, Tensor lengths, Tensor h0,"
+  m.def("search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensor[] layers, Tensor[] sources, Tensor[] query,"
+        " Tensor[] pre, Tensor[] out, str cell, str attention, int embedding) -> Tensor packed");
+  m.def("search_greedy(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
         " Tensor? c0, Tensor? forced, int[] ids, int max_len, bool attention)"
         " -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
-  m.def("search_sample(Tensor packed, Tensor? embedding, Tensor? keys, Tensor? values, Tensor lengths, Tensor h0,"
+  m.def("search_sample(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
         " Tensor? c0, Tensor seed, int[] ids, int max_len, float temperature, int top_k, float top_p)"
         " -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
-  m.def("search_beam(Tensor packed, Tensor? embedding, Tensor? keys, Tensor? values, Tensor lengths, Tensor h0,"
+  m.def("search_beam(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
         " Tensor? c0, int[] ids, int[] options, float length_penalty, float coverage_penalty, bool early_stop,"
         " bool attention) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
   m.def("_search_scratch(Tensor packed, int sources, int places, int beam) -> int");

@@ -1,7 +1,7 @@
 // What the kernels of the compiled searches are given: plain pointers and sizes. No torch, no C++ standard library.
 //
-// B sources, S places of a source, V vocabulary, E embedding, H hidden, G gates, L layers, K key size, A size of the
-// attentional vector, N hypotheses of a source that are returned. All tensors are dense.
+// B sources, S places of a source, M size of what the encoder says of a place, V vocabulary, E embedding, H hidden, G
+// gates, L layers, K key size, A size of the attentional vector, N hypotheses of a source that are returned. All tensors are dense.
 #pragma once
 #include <stdint.h>
 #include "args.h"
@@ -14,7 +14,8 @@ constexpr int kMaxSearchLayers = 16;
 // Stands at the beginning of a packed decoder.
 struct SearchShape {
   int64_t magic, vector_bytes, dtype, cell, gates;
-  int64_t vocab, embed, hidden, layers, attend, key, pre, feed;  // pre: A, 0 without; feed: 0 or 1
+  int64_t vocab, embed, hidden, layers, attend, memory, key, pre, feed;  // memory: M; pre: A, 0 without; feed: 0 or 1
+  int64_t keyed;   // whether keys are projected, or the encoder's values themselves
   int64_t folded;  // the embedding is multiplied by the bottom layer's weights already
   int64_t read() const { return pre ? pre : hidden; }  // what the output layer reads
 };
@@ -25,6 +26,8 @@ struct SearchWeights {
   const void* w_ih;   // [G*H, A] of the fed back vector, or, where not folded, all: [G*H, E or E+A]
   const void* b_ih;   // [G*H] where not folded
   const void* layers[4 * kMaxSearchLayers];  // w_hh, b_hh of the bottom layer; w_ih, w_hh, b_ih, b_hh of the others
+  const void *w_context;      // [A, M]
+  const void *w_key, *b_key;  // [K, M], [K] or null
   const void *w_query, *v;    // [K, H], [K] of additive attention
   const void *w_pre, *b_pre;  // [A, H], [A]
   const void *w_out, *b_out;  // [V, A or H], [V]
@@ -35,8 +38,7 @@ enum class Search : int { kGreedy = 0, kSample, kBeam };
 struct SearchArgs {
   const char* packed;
   const void* embedding;  // [V, E] where not folded
-  const void* keys;       // [B, S, K]
-  const void* values;     // [B, S, A]
+  const void* memory;     // [S, B, M]
   const int64_t* lengths; // [B]
   const void* h0;         // [L, B, H]
   const void* c0;         // [L, B, H] or null

@@ -50,6 +50,7 @@ template <class S> struct Searcher {
   }
 
   void run_beam() {
+    step.project();
     if (leads()) {
       for (int64_t r = 0; r < sources; ++r) {
         step.enter(r, part_of.begin + r);
@@ -70,6 +71,7 @@ template <class S> struct Searcher {
 
   // Greedy search and sampling: one row for each source.
   void run_tokens() {
+    step.project();
     if (leads()) {
       int64_t rows = 0;
       for (int64_t b = part_of.begin; b < part_of.end; ++b)

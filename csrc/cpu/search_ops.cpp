@@ -29,8 +29,8 @@ Dtype search_dtype(const Tensor& t) {
 }
 
 // table [V, G*H] or empty; w_ih [G*H, ...] or empty, b_ih [G*H]; layers w_hh, b_hh and for those above w_ih, w_hh, b_ih,
-// b_hh; query [w_query, v] and pre [w_pre, b_pre] or empty; out [w_out, b_out]; embedding: E, 0 with a table.
-Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tensors query, Tensors pre, Tensors out,
+// b_hh; sources [w_context], [w_context, w_key] or [w_context, w_key, b_key], query [w_query, v] and pre [w_pre, b_pre] or empty; out [w_out, b_out]; embedding: E, 0 with a table.
+Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tensors sources, Tensors query, Tensors pre, Tensors out,
                    std::string cell, std::string attention, int64_t embedding) {
   const CellInfo& info = cell_info(cell);
   STD_TORCH_CHECK(layers.size() >= 2 && layers.size() % 4 == 2 && layers.size() <= 4 * kMaxSearchLayers - 2 && layers[0].dim() == 2,
@@ -51,11 +51,16 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
   s.layers = int64_t(layers.size() + 2) / 4;
   s.attend = attend_of(attention);
   s.key = query.empty() ? s.hidden : query[0].size(0);
+  s.memory = sources.empty() ? 0 : sources[0].size(1);
+  s.keyed = sources.size() > 1;
   s.pre = pre.empty() ? 0 : pre[0].size(0);
   s.folded = embedding == 0;
   s.embed = embedding;
   const bool attends = Attend(s.attend) != Attend::kNone;
-  STD_TORCH_CHECK(attends ? s.pre > 0 : true, "search: attention needs the attentional vector's weights, got none");
+  STD_TORCH_CHECK(attends == !sources.empty() && sources.size() <= 3 && (!attends || s.pre > 0),
+                  "search: w_context, w_key and b_key belong to attention, which needs w_context and w_pre, got ", sources.size(),
+                  " tensors for ", attention);
+  STD_TORCH_CHECK(!attends || s.keyed || s.memory == s.key, "search: without w_key M must be K = ", s.key, ", got ", s.memory);
   STD_TORCH_CHECK((Attend(s.attend) == Attend::kAdditive) == !query.empty(), "search: w_query and v belong to additive attention, got ",
                   query.size(), " tensors for ", attention);
   const int64_t gh = s.gates * s.hidden, fed = w_ih.numel() ? w_ih.size(1) - embedding : 0;
@@ -72,6 +77,9 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
     const bool matrix = i == 0 || (i > 1 && (i - 2) % 4 < 2);
     check(layers[i], matrix ? "a layer's weight" : "a layer's bias", matrix ? "[G*H, H]" : "[G*H]", matrix ? Ints{gh, s.hidden} : Ints{gh});
   }
+  if (attends) check(sources[0], "w_context", "[A, M]", {s.pre, s.memory});
+  if (s.keyed) check(sources[1], "w_key", "[K, M]", {s.key, s.memory});
+  if (sources.size() > 2) check(sources[2], "b_key", "[K]", {s.key});
   if (!query.empty()) {
     check(query[0], "w_query", "[K, H]", {s.key, s.hidden});
     check(query[1], "v", "[K]", {s.key});
@@ -88,6 +96,9 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
   w.w_ih = data(w_ih);
   w.b_ih = data(b_ih);
   for (size_t i = 0; i < layers.size(); ++i) w.layers[i] = data(layers[i]);
+  w.w_context = attends ? data(sources[0]) : nullptr;
+  w.w_key = s.keyed ? data(sources[1]) : nullptr;
+  w.b_key = sources.size() > 2 ? data(sources[2]) : nullptr;
   w.w_query = query.empty() ? nullptr : data(query[0]);
   w.v = query.empty() ? nullptr : data(query[1]);
   w.w_pre = pre.empty() ? nullptr : data(pre[0]);
@@ -123,12 +134,12 @@ struct SearchCall {
   SearchArgs a{};
   SearchShape s;
   Tensor packed, lengths, h0, tokens, found, scores, attention, parents, chosen, weights;
-  Optional embedding, keys, values, c0;
+  Optional embedding, memory, c0;
   ScalarType dtype;
 
-  SearchCall(const Tensor& pack, const Optional& e, const Optional& k, const Optional& v, const Tensor& n, const Tensor& h,
+  SearchCall(const Tensor& pack, const Optional& e, const Optional& m, const Tensor& n, const Tensor& h,
              const Optional& c, const Ints& ids, int64_t max_len)
-      : s(shape_of(pack)), packed(pack), lengths(dense(n)), h0(dense(h)), embedding(dense(e)), keys(dense(k)), values(dense(v)), c0(dense(c)) {
+      : s(shape_of(pack)), packed(pack), lengths(dense(n)), h0(dense(h)), embedding(dense(e)), memory(dense(m)), c0(dense(c)) {
     dtype = Dtype(s.dtype) == Dtype::kF32 ? ScalarType::Float : ScalarType::Double;
     STD_TORCH_CHECK(lengths.dim() == 1 && lengths.scalar_type() == ScalarType::Long && lengths.is_cpu(),
                     "search: lengths must be [B] int64 on the CPU, got ", text(sizes_of(lengths)));
@@ -142,20 +153,17 @@ struct SearchCall {
     STD_TORCH_CHECK(c0.has_value() == (Cell(s.cell) == Cell::kLstm), "search: c0 belongs to the LSTM, and it needs one");
     want.check(c0, "c0", "[L, B, H]", {s.layers, a.batch, s.hidden});
     const bool attends = Attend(s.attend) != Attend::kNone;
-    STD_TORCH_CHECK(attends == keys.has_value() && attends == values.has_value(),
-                    "search: keys and values belong to a decoder with attention, and it needs both");
+    STD_TORCH_CHECK(attends == memory.has_value(), "search: memory belongs to a decoder with attention, and it needs it");
     if (attends) {
-      STD_TORCH_CHECK(keys->dim() == 3, "search: keys must be [B, S, K], got ", text(sizes_of(*keys)));
-      a.places = keys->size(1);
-      want.check(keys, "keys", "[B, S, K]", {a.batch, a.places, s.key});
-      want.check(values, "values", "[B, S, A]", {a.batch, a.places, s.pre});
+      STD_TORCH_CHECK(memory->dim() == 3, "search: memory must be [S, B, M], got ", text(sizes_of(*memory)));
+      a.places = memory->size(0);
+      want.check(memory, "memory", "[S, B, M]", {a.places, a.batch, s.memory});
     }
     STD_TORCH_CHECK(embedding.has_value() != bool(s.folded), "search: the embedding belongs to a decoder packed without its table");
     want.check(embedding, "embedding", "[V, E]", {s.vocab, s.embed});
     a.packed = (const char*)data(packed);
     a.embedding = data(embedding);
-    a.keys = data(keys);
-    a.values = data(values);
+    a.memory = data(memory);
     a.lengths = (const int64_t*)data(lengths);
     a.h0 = data(h0);
     a.c0 = data(c0);
@@ -174,7 +182,7 @@ struct SearchCall {
     std::fill_n((int64_t*)data(found), found.numel(), beam ? -1 : 0);
     scores = torch::stable::new_empty(lengths, {a.n_best, a.batch}, ScalarType::Double);
     std::fill_n((double*)data(scores), scores.numel(), beam ? -std::numeric_limits<double>::infinity() : 0.);
-    const bool records = wants_attention && keys;
+    const bool records = wants_attention && memory;
     attention = torch::stable::new_zeros(h0, records ? Ints{a.n_best, a.max_len, a.batch, a.places} : Ints{0});
     a.tokens = (int64_t*)data(tokens);
     a.found_lengths = (int64_t*)data(found);
@@ -236,9 +244,9 @@ struct SearchCall {
   }
 };
 
-Results search_greedy(Tensor packed, Optional embedding, Optional keys, Optional values, Tensor lengths, Tensor h0, Optional c0,
+Results search_greedy(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0,
                       Optional forced, Ints ids, int64_t max_len, bool attention) {
-  SearchCall call(packed, embedding, keys, values, lengths, h0, c0, ids, max_len);
+  SearchCall call(packed, embedding, memory, lengths, h0, c0, ids, max_len);
   call.a.search = Search::kGreedy;
   call.allocate(attention);
   if (forced) {
@@ -256,9 +264,9 @@ Results search_greedy(Tensor packed, Optional embedding, Optional keys, Optional
   return call.run();
 }
 
-Results search_sample(Tensor packed, Optional embedding, Optional keys, Optional values, Tensor lengths, Tensor h0, Optional c0,
+Results search_sample(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0,
                       Tensor seed, Ints ids, int64_t max_len, double temperature, int64_t top_k, double top_p) {
-  SearchCall call(packed, embedding, keys, values, lengths, h0, c0, ids, max_len);
+  SearchCall call(packed, embedding, memory, lengths, h0, c0, ids, max_len);
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "search: seed must be [1] int64, got ", text(sizes_of(seed)));
   STD_TORCH_CHECK(temperature > 0 && top_k >= 0 && top_p > 0 && top_p <= 1,
                   "search: temperature must be above 0, top_k at least 0, top_p in (0, 1], got ", temperature, ", ", top_k, ", ", top_p);
@@ -272,13 +280,13 @@ Results search_sample(Tensor packed, Optional embedding, Optional keys, Optional
 }
 
 // options: beam, n_best, max_len, min_len.
-Results search_beam(Tensor packed, Optional embedding, Optional keys, Optional values, Tensor lengths, Tensor h0, Optional c0, Ints ids,
+Results search_beam(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0, Ints ids,
                     Ints options, double length_penalty, double coverage_penalty, bool early_stop, bool attention) {
   STD_TORCH_CHECK(options.size() == 4 && *std::min_element(options.begin(), options.begin() + 3) >= 1 && options[3] >= 0 &&
                       options[3] <= options[2] && length_penalty >= 0 && coverage_penalty >= 0,
                   "search: beam, n_best and max_len must be at least 1, min_len in [0, max_len], penalties at least 0, got ",
                   text(options), ", ", length_penalty, ", ", coverage_penalty);
-  SearchCall call(packed, embedding, keys, values, lengths, h0, c0, ids, options[2]);
+  SearchCall call(packed, embedding, memory, lengths, h0, c0, ids, options[2]);
   call.a.search = Search::kBeam;
   call.a.beam = options[0];
   call.a.n_best = options[1];

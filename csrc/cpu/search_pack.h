@@ -31,13 +31,13 @@ template <class S> struct SearchPack {
   SearchShape shape;
   int cell_vectors;         // in a panel of a cell
   int64_t panels, columns;  // of a cell, and of all its panels
-  int64_t query_panels, pre_panels, out_panels;
+  int64_t key_panels, query_panels, context_panels, pre_panels, out_panels;
   S* table;          // [V][columns]
   Panels<S> bottom;  // of the bottom layer's input, k = 0 where the table is all of it
   S* b_bottom;
   struct Layer { Panels<S> w_ih, w_hh; S *b_ih, *b_hh; } layers[kMaxSearchLayers];
-  Panels<S> w_query, w_pre, w_out;
-  S *v, *b_pre, *b_out;
+  Panels<S> w_key, w_context, w_query, w_pre, w_out;
+  S *b_key, *v, *b_pre, *b_out;
   int64_t bytes;
 
   SearchPack(const SearchShape& s, char* base) : shape(s) {
@@ -45,6 +45,8 @@ template <class S> struct SearchPack {
     const int64_t units = cell_vectors / s.gates * kWidth;
     panels = ceil_div(s.hidden, units);
     columns = panels * cell_vectors * kWidth;
+    key_panels = s.keyed ? ceil_div(s.key, kWideColumns) : 0;
+    context_panels = Attend(s.attend) == Attend::kNone ? 0 : ceil_div(s.pre, kWideColumns);
     query_panels = Attend(s.attend) == Attend::kAdditive ? ceil_div(s.key, kWideColumns) : 0;
     pre_panels = ceil_div(s.pre, kWideColumns);
     out_panels = ceil_div(s.vocab, kWideColumns);
@@ -60,6 +62,9 @@ template <class S> struct SearchPack {
       l.w_hh = m.panels<S>(panels, s.hidden, cell_vectors, false);
       l.b_hh = m.take<S>(columns);
     }
+    w_key = m.panels<S>(key_panels, s.memory, kWide, false);
+    b_key = m.take<S>(key_panels * kWideColumns);
+    w_context = m.panels<S>(context_panels, s.memory, kWide, false);
     w_query = m.panels<S>(query_panels, s.hidden, kWide, false);
     v = m.take<S>(query_panels * kWideColumns);
     w_pre = m.panels<S>(pre_panels, s.hidden, kWide, false);
@@ -111,10 +116,13 @@ template <class S> struct SearchPack {
         bias(from[l ? 3 : 1], p.layers[l].b_hh);
       }
     });
+    pack_wide(w.w_key, s.key, p.w_key, p.key_panels, i, n);
+    pack_wide(w.w_context, s.pre, p.w_context, p.context_panels, i, n);
     pack_wide(w.w_query, s.key, p.w_query, p.query_panels, i, n);
     pack_wide(w.w_pre, s.pre, p.w_pre, p.pre_panels, i, n);
     pack_wide(w.w_out, s.vocab, p.w_out, p.out_panels, i, n);
     if (i) return;
+    if (p.key_panels) pack_vector(w.b_key, w.b_key ? s.key : 0, p.b_key, p.key_panels * kWideColumns, S(0));
     if (p.query_panels) pack_vector(w.v, s.key, p.v, p.query_panels * kWideColumns, S(0));
     if (p.pre_panels) pack_vector(w.b_pre, s.pre, p.b_pre, p.pre_panels * kWideColumns, S(0));
     pack_vector(w.b_out, s.vocab, p.b_out, p.out_panels * kWideColumns, S(kNever));

@@ -28,10 +28,14 @@ template <class S> struct SearchStep {
   const SearchPart& part_of;
   P p;
   SearchShape s;
-  int64_t ldh, ldx, ldq, lda, lds;
+  int64_t ldh, ldx, ldq, lda, ldk, lds;
   // What goes from step to step, twice: the step writes where the one before did not.
   S *h[kMaxSearchLayers][2], *c[kMaxSearchLayers][2], *feed[2];
   S *x, *gx, *q, *alpha, *context;
+  // Of the sources of this part: [sources][S][ldk] and [sources][S][lda]. Of additive attention e^(2 key), but where one
+  // of a source's is `wild`, too large for that, the keys themselves.
+  S *keys, *values;
+  int32_t* wild;  // [sources][threads]
   int64_t *source, *token;  // [rows]
   int turn = 0;
 
@@ -41,6 +45,7 @@ template <class S> struct SearchStep {
       : a(args), part_of(part), p(*(const SearchShape*)args.packed, (char*)args.packed), s(p.shape) {
     ldh = padded(p.columns / s.gates);
     ldx = padded(p.bottom.k);
+    ldk = ceil_div(s.key, kWideColumns) * kWideColumns;
     ldq = padded(p.query_panels * kWideColumns);
     lda = padded(p.pre_panels * kWideColumns);
     lds = ceil_div(max64(a.places, 1), kWidth) * kWidth;
@@ -57,6 +62,10 @@ template <class S> struct SearchStep {
     q = m.take<S>(p.query_panels ? most * ldq : 0);
     alpha = m.take<S>(attends ? most * lds : 0);
     context = m.take<S>(attends ? most * lda : 0);
+    const int64_t places = attends ? (part.end - part.begin) * a.places : 0;
+    keys = m.take<S>(places * ldk);
+    values = m.take<S>(places * lda);
+    wild = m.take<int32_t>(p.query_panels ? (part.end - part.begin) * part.count : 0);
     source = m.take<int64_t>(most);
     token = m.take<int64_t>(most);
   }
@@ -187,31 +196,103 @@ template <class S> struct SearchStep {
     });
   }
 
-  // Lane i: v . tanh(query + key i), for i < n.
+  // Keys and values, projected once; only those of places before the source's length.
+  void project() {
+    if (Attend(s.attend) == Attend::kNone) return;
+    const Range k = mine(p.key_panels), c = mine(p.context_panels), own = mine(part_of.end - part_of.begin);
+    for (int64_t i = 0; i < part_of.end - part_of.begin; ++i) {
+      const int64_t b = part_of.begin + i, n = places_of(b);
+      const Rows<S> from = left((S*)a.memory + b * s.memory, a.batch * s.memory);
+      V most(0);
+      const auto keep = [&](S* to, int64_t ld) {
+        return [=](int64_t panel, int64_t r0, int rows, const S* t) {
+          for (int r = 0; r < rows; ++r) memcpy(to + (r0 + r) * ld + panel * kWideColumns, t + r * kWideColumns, kWideColumns * sizeof(S));
+        };
+      };
+      multiply<kWide, true>(from, n, p.w_context, c.begin, c.end, (const S*)nullptr, keep(values + i * a.places * lda, lda));
+      S* to = keys + i * a.places * ldk;
+      if (p.key_panels)
+        multiply<kWide, true>(from, n, p.w_key, k.begin, k.end, p.b_key, [&](int64_t panel, int64_t r0, int rows, const S* t) {
+          keep(to, ldk)(panel, r0, rows, t);
+          for (int64_t j = 0; p.query_panels && j < rows * kWideColumns; j += kWidth) {
+            const V x = load(t + j);
+            most.v = x.v > most.v ? x.v : most.v;
+            most.v = -x.v > most.v ? -x.v : most.v;
+          }
+        });
+      else if (own.begin <= i && i < own.end)
+        for (int64_t r = 0; r < n; ++r) memcpy(to + r * ldk, from.plain(r), s.memory * sizeof(S));
+      if (p.query_panels) wild[i * part_of.count + part_of.member] = highest(most) > kTame;
+    }
+    meet_all();
+    if (p.query_panels)
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        if (is_wild(i)) continue;
+        S* to = keys + i * a.places * ldk;
+        for (int64_t j = 0; j < places_of(part_of.begin + i) * ldk; j += kWidth) store(exp_(load(to + j) * V(2)), to + j);
+      }
+    meet_all();
+  }
+  int64_t places_of(int64_t b) const { return max64(0, min64(a.lengths[b], a.places)); }
+  bool is_wild(int64_t i) const {
+    for (int member = 0; member < part_of.count; ++member)
+      if (wild[i * part_of.count + member]) return true;
+    return false;
+  }
+
+  // Lane i: v . tanh(query + key i), for i < n; with tanh x = 1 - 2 / (1 + e^2x) and e^2(q + k) a product. Keys of at most
+  // kTame leave what lies beyond kClamp + kTame saturated, so that the query may be cut there; and all products are
+  // finite and normal.
+  static constexpr S kTame = 12, kClamp = 30;
   SK_INL V additive(const S* query, const S* keys, int64_t n) const {
+    V sums[kWidth], all(0);
+    for (int i = 0; i < kWidth; ++i) sums[i] = V(0);
+    const auto add = [&](int count) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < s.key; j += kWidth) {
+        const V v = load(p.v + j), q = load(query + j);
+        all = all + v;
+        for (int i = 0; i < count; ++i) sums[i].v += v.v * reciprocal(V::wrap(V(1).v + q.v * load(keys + i * ldk + j).v)).v;
+      }
+    };
+    if (n >= kWidth) add(kWidth); else add(int(n));
+    return V(sum_of(all)) - V(2) * sum_lanes<kWidth>(sums);
+  }
+  SK_INL V additive_of_any(const S* query, const S* keys, int64_t n) const {
     V sums[kWidth];
     for (int i = 0; i < kWidth; ++i) sums[i] = V(0);
     for (int64_t j = 0; j < s.key; j += kWidth) {
       const V x = load(query + j), v = load(p.v + j);
-      for (int i = 0; i < kWidth && i < n; ++i) sums[i].v += v.v * tanh_(x + load(keys + i * s.key + j, s.key - j)).v;
+      for (int i = 0; i < kWidth && i < n; ++i) sums[i].v += v.v * tanh_(x + load(keys + i * ldk + j)).v;
     }
     return sum_lanes<kWidth>(sums);
   }
+  // What a row's query is multiplied with its source's keys as.
+  SK_INL const S* query_of(int64_t i, bool tame) const {
+    if (!p.query_panels) return h[s.layers - 1][1 - turn] + i * ldh;
+    S* query = q + i * ldq;
+    if (tame)
+      for (int64_t j = 0; j < s.key; j += kWidth) store(exp_(at_least(at_most(load(query + j), kClamp), -kClamp) * V(2)), query + j);
+    return query;
+  }
   // Row i's weights and context. Its sums depend on its source's length alone, not on S.
   void attend(int64_t i) const {
-    const int64_t b = source[i], n = max64(0, min64(a.lengths[b], a.places));
+    const int64_t b = source[i], n = places_of(b);
     S *weights = alpha + i * lds, *to = context + i * lda;
     if (n == 0) {
       memset(weights, 0, lds * sizeof(S));
       memset(to, 0, lda * sizeof(S));
       return;
     }
-    const S *keys = (const S*)a.keys + b * a.places * s.key, *values = (const S*)a.values + b * a.places * s.pre;
-    const S* query = p.query_panels ? q + i * ldq : h[s.layers - 1][1 - turn] + i * ldh;
+    const int64_t own = b - part_of.begin;
+    const S *keys = this->keys + own * a.places * ldk, *values = this->values + own * a.places * lda;
+    const bool additive = p.query_panels, tame = additive && !is_wild(own);
+    const S* query = query_of(i, tame);
     const S never = S(kNever);
     V most(never), sum(0);
     for (int64_t j = 0; j < n; j += kWidth) {
-      V score = p.query_panels ? additive(query, keys + j * s.key, n - j) : dots(query, keys + j * s.key, n - j, s.key);
+      const S* from = keys + j * ldk;
+      V score = tame ? this->additive(query, from, n - j) : additive ? additive_of_any(query, from, n - j)
+                                                                    : dots(query, from, n - j, s.key, ldk);
       for (int64_t k = n - j; k < kWidth; ++k) score.v[k] = never;
       store(score, weights + j);
       most.v = score.v > most.v ? score.v : most.v;
@@ -228,15 +309,8 @@ template <class S> struct SearchStep {
     for (int64_t j = 0; j < s.pre; j += 4 * kWidth) {
       V sums[4];
       for (V& v : sums) v = V(0);
-      const int64_t lanes = s.pre - j;
-      if (lanes >= 4 * kWidth) {
-        for (int64_t k = 0; k < n; ++k)
-          for (int v = 0; v < 4; ++v) sums[v].v += weights[k] * load(values + k * s.pre + j + v * kWidth).v;
-      } else {
-        for (int64_t k = 0; k < n; ++k)
-          for (int v = 0; v * kWidth < lanes; ++v)
-            sums[v].v += weights[k] * load(values + k * s.pre + j + v * kWidth, lanes - v * kWidth).v;
-      }
+      for (int64_t k = 0; k < n; ++k)
+        for (int v = 0; v < 4; ++v) sums[v].v += weights[k] * load(values + k * lda + j + v * kWidth).v;
       for (int v = 0; v < 4; ++v) store(sums[v], to + j + v * kWidth);
     }
   }

@@ -58,22 +58,26 @@ class Program:
             table, w_ih, size = torch.addmm(b_ih, embedding, w_ih[:, :size].t()), w_ih[:, size:], 0
         else:
             table, self.embedding = empty, embedding
-        kind, query = "none", []
+        kind, query, sources = "none", [], []
         if decoder.attention is not None:
             w_query, v = decoder.attention.scorer
             kind = "dot" if v is None else "additive"
             query = [] if v is None else [self._cast(w_query), self._cast(v)]
+            key = decoder.attention.key
+            projections = [decoder.context.weight, *([] if key is None else [key.weight, key.bias])]
+            sources = [self._cast(w) for w in projections if w is not None]
         pre, out = ([] if part is None else [self._cast(part.weight), self._cast(part.bias)] for part in (decoder.pre, decoder.out))
         layers = [w_hh, b_hh, *(w for layer in above for w in layer)]
-        self.packed = torch.ops.seqkern.search_pack(table, w_ih, b_ih, layers, query, pre, out, decoder.mode, kind, size)
+        self.packed = torch.ops.seqkern.search_pack(
+            table, w_ih, b_ih, layers, sources, query, pre, out, decoder.mode, kind, size
+        )
 
     def _cast(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(self.dtype)
 
     def _given(self, memory: Memory, state: State) -> list[Tensor | None]:
-        sources = self.decoder.sources(memory)
-        keys, values = (None, None) if sources is None else map(self._cast, sources[:2])
-        return [self.packed, self.embedding, keys, values, memory.lengths.cpu(), *map(self._cast, state)]
+        values = None if self.decoder.attention is None else self._cast(memory.values)
+        return [self.packed, self.embedding, values, memory.lengths.cpu(), *map(self._cast, state)]
 
     def greedy(self, memory: Memory, state: State, options: search.GreedyOptions) -> Hypotheses:
         given = self._given(memory, state)
