@@ -74,11 +74,14 @@ template <class S> struct Draw {
 
   // The first `n` of the list, by id.
   int64_t invert(const BestList<S>& list, int64_t n, double u, S& logit) const {
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t at = i;
-      for (; at > 0 && list.ids[order[at - 1]] > list.ids[i]; --at) order[at] = order[at - 1];
-      order[at] = i;
-    }
+    for (int64_t i = 0; i < n; ++i) order[i] = i;
+    for (int64_t gap = n / 2; gap > 0; gap /= 2)  // Shell's sort
+      for (int64_t i = gap; i < n; ++i) {
+        const int64_t moved = order[i];
+        int64_t at = i;
+        for (; at >= gap && list.ids[order[at - gap]] > list.ids[moved]; at -= gap) order[at] = order[at - gap];
+        order[at] = moved;
+      }
     const double top = double(list.values[0]);
     double total = 0, sum = 0;
     for (int64_t i = 0; i < n; ++i) total += weight(double(list.values[i]), top);
