@@ -35,13 +35,14 @@
 #define SK_BUILT(X) X(generic) SK_AVX2(X) SK_AVX512(X) SK_AVX512_BF16(X) SK_AMX_(X)
 
 namespace seqkern {
-#define SK_DECLARE(isa) namespace isa { extern const CpuKernels kKernels; }
+#define SK_DECLARE(isa) namespace isa { extern const CpuKernels kKernels; extern const RecurrenceKernels kRecurrences; }
 SK_BUILT(SK_DECLARE)
 
 namespace {
 struct Isa {
   const char* name;
   const CpuKernels* kernels;
+  const RecurrenceKernels* recurrences;
 };
 
 #if defined(__x86_64__)
@@ -74,7 +75,7 @@ bool can_run(const std::string& isa) {
 std::vector<Isa> runnable() {
   std::vector<Isa> found;
 #define SK_LIST(isa) \
-  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels});
+  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels, &isa::kRecurrences});
   SK_BUILT(SK_LIST)
   return found;
 }
@@ -106,4 +107,5 @@ std::string cpu_isas() {
 }
 
 const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
+const RecurrenceKernels& cpu_recurrences() { return *chosen_isa().recurrences; }
 }  // namespace seqkern

@@ -7,5 +7,6 @@ namespace seqkern {
 // The fastest that this CPU runs, or the one that SEQKERN_CPU_ISA names (generic, avx2, avx512, avx512_bf16). Chosen
 // once; a name that is unknown or that this CPU cannot run is an error.
 const CpuKernels& cpu_kernels();
+const RecurrenceKernels& cpu_recurrences();
 std::string cpu_isas();  // those that this CPU can run, best last, separated by spaces
 }
