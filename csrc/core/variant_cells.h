@@ -1,6 +1,5 @@
-// Cells beyond torch.nn's: peepholes, coupled gates, hard sigmoids, the reset gate before the product. As in cells.h, of
-// which this takes the derivatives: registers in, registers out. Formulas: seqkern/reference.py, `_lstm_variant` and
-// `_gru_variant`.
+// Cells beyond torch.nn's: peepholes, coupled gates, hard sigmoids, the reset gate before the product. As in cells.h,
+// registers in, registers out. Formulas: seqkern/reference.py, `_lstm_variant` and `_gru_variant`.
 #pragma once
 #include "args.h"
 #include "cells.h"
@@ -8,7 +7,9 @@
 namespace seqkern { namespace SK_NS { namespace {
 
 template <class V> SK_HD V gate(bool hard, V x) { return hard ? hard_sigmoid(x) : sigmoid(x); }
-template <class V> SK_HD V dgate(bool hard, V y) { return hard ? positive(y) * positive(V(1) - y) * V(1. / 6) : dsigmoid(y); }
+template <class V> SK_HD V dgate(bool hard, V y) {
+  return hard ? positive(y) * positive(V(1) - y) * V(1. / 6) : dsigmoid(y);
+}
 
 // c' = f c + i g from the sums a of i, f, g and the peepholes' weights p of i, f; saved: i f g.
 template <class V>
@@ -30,9 +31,10 @@ SK_HD void variant_lstm_backward(const Variant& k, const V (&saved)[3], const V 
   if (k.peephole) dc = dc + grad[0] * p[0] + grad[1] * p[1];
 }
 
-// From dh, d(loss)/dh': the gradients of the sums of z and n, and d(loss)/dh past both in place of dh. r, z, n, h: what
-// the step had and read.
-template <class V> SK_HD void variant_gru_backward(const Variant& k, V z, V n, V h, V& dh, V& dz, V& dn) {
+// From dh, d(loss)/dh': the gradients of the sums of z and n, and d(loss)/dh past both in place of dh. h: what the step
+// read.
+template <class V>
+SK_HD void variant_gru_backward(const Variant& k, V z, V n, V h, V& dh, V& dz, V& dn) {
   dn = dh * (V(1) - z) * dtanh(n);
   dz = dh * (h - n) * dgate(k.hard, z);
   dh = dh * z;

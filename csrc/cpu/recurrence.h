@@ -1,6 +1,6 @@
 // The recurrence of a layer, from its projected inputs, for cells beyond torch.nn's (core/variant_cells.h) and for what
 // needs a whole row of units at once: layer normalisation, gradients clipped by norm. A thread takes some rows of the
-// batch through all steps and never waits for another: the product of a step goes to a buffer, then row by row the cell.
+// batch through all steps and never waits for another: a step's product goes to a buffer, then row by row the cell.
 #pragma once
 #include "../core/variant_cells.h"
 #include "options.h"
@@ -128,14 +128,15 @@ template <class T> struct Recurrence {
   static void product(const Rows<T>& left, int64_t rows, const Panels<T>& b, int64_t columns, T* out, int64_t ld) {
     multiply<kWide>(left, rows, b, 0, ceil_div(columns, kColumns), (const T*)nullptr,
                     [&](int64_t panel, int64_t r0, int count, const T* c) {
-                      for (int r = 0; r < count; ++r)
-                        for (int v = 0; v < kWide; ++v)
-                          store(load(c + r * kColumns + v * kWidth), out + (r0 + r) * ld + panel * kColumns + v * kWidth);
+                      for (int r = 0; r < count; ++r) {
+                        T* to = out + (r0 + r) * ld + panel * kColumns;
+                        for (int v = 0; v < kWide; ++v) store(load(c + r * kColumns + v * kWidth), to + v * kWidth);
+                      }
                     });
   }
   static Rows<T> left(Arena& m, int64_t rows, int64_t ld) { return m.rows<T>(rows, ld, false); }
 
-  // ---- where things lie -----------------------------------------------------------------------------------------------
+  // ---- where things lie --------------------------------------------------------------------------------------------
   template <class X> SK_INL X* of_row(X* all, int64_t t, int64_t b, int64_t d, int64_t n) const {  // [N, D, n]
     return all + ((a.starts[t] + b) * a.directions + d) * n;
   }

@@ -8,7 +8,7 @@ namespace seqkern { namespace SK_NS { namespace {
 template <class T> struct RecurrenceBackward : Recurrence<T> {
   using Base = Recurrence<T>;
   using typename Base::V;
-  using Base::kWidth, Base::kColumns, Base::a, Base::k, Base::hidden, Base::width, Base::unit_ld, Base::gate_ld, Base::first;
+  using Base::kWidth, Base::a, Base::k, Base::hidden, Base::width, Base::unit_ld, Base::gate_ld, Base::first;
   using Base::row_size, Base::seen, Base::product, Base::of_row, Base::by_direction, Base::peephole, Base::packed;
 
   struct Own {
@@ -185,7 +185,8 @@ template <class T> struct RecurrenceBackward : Recurrence<T> {
   }
   // From `back`, d(loss)/d(r h): that of r, and of h past the other product.
   void reset_row(const Own& o, int64_t t, int64_t b, int64_t r) const {
-    const T *read = by_direction((const T*)a.read, t, b, d, hidden), *kept = by_direction((const T*)a.reserve, t, b, d, row_size);
+    const T* read = by_direction((const T*)a.read, t, b, d, hidden);
+    const T* kept = by_direction((const T*)a.reserve, t, b, d, row_size);
     T *past = o.past + r * unit_ld, *dx = of_row((T*)a.dgx, t, b, d, width), *grads = o.grads.plain(r);
     for (int64_t j = 0; j < hidden; j += kWidth) {
       const int64_t lanes = hidden - j;

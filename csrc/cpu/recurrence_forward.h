@@ -7,7 +7,7 @@ namespace seqkern { namespace SK_NS { namespace {
 template <class T> struct RecurrenceForward : Recurrence<T> {
   using Base = Recurrence<T>;
   using typename Base::V;
-  using Base::kWidth, Base::kColumns, Base::a, Base::k, Base::hidden, Base::width, Base::unit_ld, Base::gate_ld, Base::first;
+  using Base::kWidth, Base::a, Base::k, Base::hidden, Base::width, Base::unit_ld, Base::gate_ld, Base::first;
   using Base::row_size, Base::seen, Base::product, Base::of_row, Base::by_direction, Base::peephole, Base::packed;
 
   // A part's own: rows of its share of the batch.
