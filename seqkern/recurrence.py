@@ -99,7 +99,8 @@ def _project(cell: str, x: Tensor, groups, extra, o: Options) -> Tensor:
         bias = biases[0] if one or biases[0] is None else torch.cat(biases)
         return linear(x, groups[0].w_ih if one else torch.cat([w.w_ih for w in groups]), bias)
     parts = [
-        layer_norm(linear(x, w.w_ih), gain.shape, gain, bias) for w, gain, bias in zip(groups, gains, biases, strict=True)
+        layer_norm(linear(x, w.w_ih), gain.shape, gain, bias)
+        for w, gain, bias in zip(groups, gains, biases, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

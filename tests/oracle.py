@@ -8,8 +8,9 @@ where truth is `reference.layer` in float64 on inputs that were rounded to the d
 the dtype on the same inputs. The bound needs no table of tolerances: a long or saturated case loosens it for both.
 At a kink of relu that rounding decides, truth goes the way of the result.
 In float64 truth is itself rounded, in the same order of operations as native, so that their difference says nothing;
-there the native figure is float32's, scaled by the ratio of the two eps, and truth sums its products in long double: the
-chains of BLAS over 300 inputs were off by twice as much as the kernel under test. NaN and infinity must be where truth has them.
+there the native figure is float32's, scaled by the ratio of the two eps, and truth sums its products in long double:
+the chains of BLAS over 300 inputs were off by twice as much as the kernel under test. NaN and infinity must be where
+truth has them.
 """
 
 from collections.abc import Callable, Sequence

@@ -70,9 +70,9 @@ def by_reference(m, x, hx, dtype, **call):
     """`everything` on the reference in another dtype, the float64 one with products in long double."""
     linear = oracle._exact_linear if dtype == torch.float64 else reference.linear
     no = {"covers": lambda *_: False}
-    with mock.patch.multiple(option_ops, **no), mock.patch.multiple(recurrence, **no):
-        with mock.patch.object(reference, "linear", linear):
-            return everything(m, x, hx, dtype, **call)
+    exact = mock.patch.object(reference, "linear", linear)
+    with exact, mock.patch.multiple(option_ops, **no), mock.patch.multiple(recurrence, **no):
+        return everything(m, x, hx, dtype, **call)
 
 
 def check(m, x, hx, dtype, **call):
