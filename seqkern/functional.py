@@ -69,6 +69,17 @@ def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options
         options = cast_options(options, dtype)
         with torch.autocast(device, enabled=False):
             return reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options)
+    check_types(cell, sequence, weights, batch_sizes, bidirectional)
+    x, h, c = sequence
+    if (take := watch.claim()) is not None:
+        sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
+        directions = 2 if bidirectional else 1
+        options = dataclasses.replace(options, watcher=watch.Hooks(take, directions, sizes, x))
+    return reference.layer_with(options, x, h, c, weights, batch_sizes, cell, bidirectional)
+
+
+def check_types(cell, sequence, weights, batch_sizes, bidirectional) -> None:
+    """The operator's checks that torch's own operations lack: one dtype, states of the batch's size."""
     x, h, c = sequence
     for t in (h, c, *weights):
         if t is not None and t.dtype != x.dtype:
@@ -77,10 +88,6 @@ def reference_layer(cell, sequence, weights, batch_sizes, bidirectional, options
     for name, t in (("h0", h), ("c0", c)):
         if t is not None and t.shape[:-1] != leading:
             raise RuntimeError(f"{cell}: {name}'s first sizes must be [D, B] = {[*leading]}, got {list(t.shape)}")
-    if (take := watch.claim()) is not None:
-        sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
-        options = dataclasses.replace(options, watcher=watch.Hooks(take, leading[0], sizes, x))
-    return reference.layer_with(options, x, h, c, weights, batch_sizes, cell, bidirectional)
 
 
 def _plain_eager(device: str) -> bool:

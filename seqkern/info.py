@@ -121,7 +121,8 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         if device.type == "cuda" and not ops.BUILT_WITH_CUDA:
             reason += " in this build (with a CUDA toolkit and a CUDA build of torch, SEQKERN_CUDA=1 builds it)"
         return Plan("reference", f"no kernel for {reason}: seqkern.reference, in plain torch operations", call)
-    if lacking := options.unfused(getattr(module, "_settings", None), device.type):
+    settings, projected = getattr(module, "_settings", None), bool(getattr(module, "proj_size", 0))
+    if lacking := options.unfused(settings, device.type, projected):
         why = f"no kernel for {lacking}: seqkern.reference, in plain torch operations"
         return Plan("reference", why, call)
     if device.type == "meta":
@@ -130,6 +131,8 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         return _cuda_plan(module, call, (batch, time, cell, dtype), device)
     isa = torch.ops.seqkern._cpu_isa()
     why = f"fused kernels for {cell} in {_short(dtype)}, compiled for {isa}"
+    if special := options.by_rows(settings):
+        return Plan(f"cpu-{isa}", f"{why}; {special}: the recurrence, by rows of the batch, and torch's products", call)
     return Plan(f"cpu-{isa}", why, call, *_cpu_split(module, batch, time, cell))
 
 

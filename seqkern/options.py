@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, masks, option_ops, recompute, reference
+from . import functional, masks, option_ops, recompute, recurrence, reference
 from .packing import Packing
 from .reference import Extra, Options
 
@@ -43,10 +43,9 @@ class Settings:
 DEFAULT = Settings()
 
 
-def unfused(settings: Settings | None, device: str) -> str:
-    """The options set that no kernel of the device covers, in words; the empty string if there is none."""
+def by_rows(settings: Settings | None) -> str:
+    """The options set that `recurrence` takes and the layers' own kernels do not, in words."""
     s = settings or DEFAULT
-    cpu = device in ("cpu", "meta")
     found = {
         "layer_norm": s.layer_norm,
         "peephole": s.peephole,
@@ -54,6 +53,19 @@ def unfused(settings: Settings | None, device: str) -> str:
         "gate_activation='hard_sigmoid'": s.hard_sigmoid,
         "reset_after=False": s.reset_before,
         "grad_clip of norms": s.grad_clip is not None and s.grad_clip[0] == "norm",
+    }
+    return ", ".join(name for name, on in found.items() if on)
+
+
+def unfused(settings: Settings | None, device: str, projected: bool) -> str:
+    """The options set that no kernel of the device covers, in words; the empty string if there is none."""
+    s = settings or DEFAULT
+    cpu = device in ("cpu", "meta")
+    rows = by_rows(s)
+    found = {
+        rows + " on " + device: bool(rows) and not cpu,
+        rows + " with proj_size": bool(rows) and cpu and projected,
+        "layer_norm with reset_after=False": s.layer_norm and s.reset_before and cpu,
         "zoneout on " + device: any(s.zoneout) and not cpu,
         "recurrent_dropout on " + device: s.recurrent_dropout and not cpu,
         "grad_clip on " + device: s.grad_clip is not None and not cpu,
@@ -249,6 +261,8 @@ def _layer(
         return functional.run_layer(stack.cell, sequence, weights, batch_sizes, stack.bidirectional)
     if option_ops.covers(stack.cell, sequence, weights, o) and not functional.transformed():
         return option_ops.layer(stack.cell, sequence, weights, batch_sizes, stack.bidirectional, o, all_states)
+    if recurrence.covers(sequence, weights, stack.bidirectional, o) and not functional.transformed():
+        return recurrence.layer(stack.cell, sequence, weights, batch_sizes, stack.bidirectional, o, all_states)
     return functional.reference_layer(stack.cell, sequence, weights, batch_sizes, stack.bidirectional, o)
 
 

@@ -240,23 +240,24 @@ def _step(gx: Tensor, state: State, w: Weights, cell: Cell, o: Options, d: int) 
     return new if w.w_hr is None else State(linear(new.h, w.w_hr), new.c)
 
 
-def _direction(x: Tensor, state: State, w: Weights, sizes: list[int], cell: Cell, d: int, o: Options):
-    """One direction, d = 0 or 1, over the time-major rows x [N, I]; step t has sizes[t] rows, which never grow with t.
+def _direction(gx: Tensor, state: State, w: Weights, sizes: list[int], cell: Cell, d: int, o: Options):
+    """One direction, d = 0 or 1, over time-major rows of projected inputs, gx [N, G*H]; step t has sizes[t] rows, which
+    never grow with t.
 
     Returns h of every step [N, P], c of every step [N, H] or None, and the last state.
     """
     starts = list(accumulate(sizes, initial=0))
-    # All steps at once, and split rather than sliced: the gradient of a slice is as large as the whole.
-    gx = _project(x, w.w_ih, w.b_ih, o.extra[d].gain_x if o.extra else None).split(sizes)
+    # Split rather than sliced: the gradient of a slice is as large as the whole.
+    inputs = gx.split(sizes)
     h, c, batch = state.h, state.c, state.h.size(0)
-    hs: list[Tensor] = [x.new_empty(0)] * len(sizes)
+    hs: list[Tensor] = [gx.new_empty(0)] * len(sizes)
     cs = list(hs)
     p, width = slice(d * h.size(1), (d + 1) * h.size(1)), 0 if c is None else c.size(1)
     for t in reversed(range(len(sizes))) if d == 1 else range(len(sizes)):
         n = sizes[t]
         rows = slice(starts[t], starts[t + 1])
         before = _enter(State(h[:n], None if c is None else c[:n]), rows, o)
-        new_h, new_c = _step(gx[t], before, w, cell, o, d)
+        new_h, new_c = _step(inputs[t], before, w, cell, o, d)
         new_h = _mix(o.zone_h, rows, p, before.h, new_h)
         if c is not None:
             new_c = _mix(o.zone_c, rows, slice(d * width, (d + 1) * width), before.c, new_c)
@@ -317,18 +318,34 @@ def layer_with(
     groups = split_weights(weights, bidirectional)
     sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
     rows = x.reshape(-1, x.size(-1))
-    hidden = groups[0].w_ih.size(0) // (3 if options.coupled else CELLS[cell].gates)
+    extra = options.extra or [Extra()] * len(groups)
+    gx = [_project(rows, w.w_ih, w.b_ih, e.gain_x) for w, e in zip(groups, extra, strict=True)]
+    y, h_n, c_n, c_all = recurrence(options, gx, h0, c0, groups, sizes, cell)
+    lead = x.shape[:-1]
+    return y.unflatten(0, lead), h_n, c_n, c_all.unflatten(0, lead) if cell == "lstm" else c_all
+
+
+def recurrence(
+    options: Options,
+    gx: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    groups: Sequence[Weights],
+    sizes: list[int],
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer_with` from each direction's projected inputs, [N, G*H]; y and c of every step are [N, D*P] and [N, D*H]."""
     hs, cs, last = [], [], []
     for d, w in enumerate(groups):
-        h = x.new_zeros(sizes[0], w.w_hh.size(1)) if h0 is None else h0[d]
+        h = gx[d].new_zeros(sizes[0], w.w_hh.size(1)) if h0 is None else h0[d]
         c = None
         if cell == "lstm":
-            c = x.new_zeros(sizes[0], hidden) if c0 is None else c0[d]
-        found = _direction(rows, State(h, c), w, sizes, CELLS[cell], d, options)
+            hidden = w.w_hh.size(0) // (3 if options.coupled else 4)
+            c = gx[d].new_zeros(sizes[0], hidden) if c0 is None else c0[d]
+        found = _direction(gx[d], State(h, c), w, sizes, CELLS[cell], d, options)
         for to, what in zip((hs, cs, last), found, strict=True):
             to.append(what)
-    lead = x.shape[:-1]
-    y, h_n = torch.cat(hs, -1).unflatten(0, lead), torch.stack([s.h for s in last])
+    y, h_n = torch.cat(hs, -1), torch.stack([s.h for s in last])
     if cell != "lstm":
-        return y, h_n, x.new_empty(0), x.new_empty(0)
-    return y, h_n, torch.stack([s.c for s in last]), torch.cat(cs, -1).unflatten(0, lead)
+        return y, h_n, y.new_empty(0), y.new_empty(0)
+    return y, h_n, torch.stack([s.c for s in last]), torch.cat(cs, -1)

@@ -204,9 +204,17 @@ def test_functional_takes_extra_parameters():
         functional.lstm(x, None, m._flat_weights, zone=0.1)
 
 
-def test_explain_says_what_is_not_fused():
-    for options in ({"layer_norm": True}, {"grad_clip": ("norm", 1.0)}):
+def test_explain_says_what_runs_where():
+    for options in ({"layer_norm": True}, {"grad_clip": ("norm", 1.0)}, {"coupled": True, "peephole": True}):
         plan = seqkern.explain(make("LSTM", I, H, **options), B, T)
-        assert plan.engine == "reference" and next(iter(options)) in str(plan)
+        assert plan.engine.startswith("cpu-") and all(name in str(plan) for name in options)
+        assert "rows of the batch" in str(plan)
+        for m, device in ((make("proj", I, H, **options), "cpu"), (make("LSTM", I, H, **options), "cuda")):
+            plan = seqkern.explain(m, B, T, device)
+            assert plan.engine == "reference"
+            assert device == "cuda" or ("proj_size" in plan.why and all(name in plan.why for name in options))
+    plan = seqkern.explain(make("GRU", I, H, layer_norm=True, reset_after=False), B, T)
+    assert plan.engine == "reference" and "layer_norm with reset_after=False" in plan.why
     for options in ({"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"grad_clip": 1.0}):
-        assert seqkern.explain(make("LSTM", I, H, **options), B, T).engine.startswith("cpu-")
+        plan = seqkern.explain(make("LSTM", I, H, **options), B, T)
+        assert plan.engine.startswith("cpu-") and "by rows" not in plan.why

@@ -7,7 +7,7 @@ import torch
 from loops import DTYPES, LAYERS, call, check, make, run, state
 from torch.autograd import gradcheck, gradgradcheck
 
-from seqkern import functional, masks, option_ops, options
+from seqkern import functional, masks, option_ops, options, recurrence
 
 T, B, I, H = 7, 4, 3, 6  # noqa: E741
 each_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -71,7 +71,8 @@ def test_kernels_equal_reference_with_everything_else(kind, monkeypatch):
     lengths = [7, 2, 0, 5]
     a, b, _ = twice()
     got = call(m, x, hx, resets=resets, lengths=lengths, generator=a, return_all_states=True)
-    monkeypatch.setattr(option_ops, "covers", lambda *_: False)
+    for operators in (option_ops, recurrence):
+        monkeypatch.setattr(operators, "covers", lambda *_: False)
     check(m, got, call(m, x, hx, resets=resets, lengths=lengths, generator=b, return_all_states=True), [x, hx])
     monkeypatch.setattr(functional, "has_kernel", lambda *_: False)  # not even packed, as on another device
     c, _, _ = twice()

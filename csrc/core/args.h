@@ -114,6 +114,65 @@ struct ScanKernel {
   void (*backward)(const ScanArgs&, const ScanPart&);
 };
 
+// A layer's recurrence alone, from the projected inputs, with cells beyond torch.nn's. Everything is in the type that
+// sums are in, dense. S: the parameters below besides w_hh, in their order, those that are there.
+struct Variant {
+  bool coupled, hard, reset_before, normal, peephole;
+  // A row of the reserve: what the cell saves, then the normalised product and the factor that made it so.
+  int64_t saved(Cell cell) const { return cell == Cell::kLstm ? 6 : cell == Cell::kGru ? 4 : 1; }
+  int64_t row(Cell cell, int64_t gates, int64_t hidden) const {
+    return saved(cell) * hidden + (normal ? gates * hidden + 1 : 0);
+  }
+};
+struct RecurrenceArgs {
+  int64_t steps, batch, rows, hidden, gates, directions;
+  const int64_t* sizes;   // [T], and starts [T+1], as in LayerArgs
+  const int64_t* starts;
+  Cell cell;
+  Variant variant;
+  const void* gx;      // [N, D, G*H], biases added but the GRU's b_hn with the reset gate behind the product
+  const void* h0;      // [D, B, H] or null
+  const void* c0;      // likewise
+  const void* w_hh;    // [D, G*H, H]
+  const void* bias_n;  // [D, H] b_hn where it is not in gx, or null
+  const void* peephole;  // [D, 3*H] for i, f, o; [D, 2*H] for i, o where the gates are coupled
+  const void* gain_h;  // [D, G*H] of the normalised product; null without layer normalisation
+  const void* gain_c;  // [D, H] of the LSTM's normalised c', and its bias
+  const void* bias_c;
+  LayerOptions options;  // but flow
+  double clip_norm;      // bound on the norm of a row of d(loss)/d(state) on its way to the step before
+  void* y;        // [N, D, H]
+  void* h_n;      // [D, B, H]
+  void* c_n;      // likewise (LSTM)
+  void* read;     // [D, N, H] h as each step read it; an output of forward, an input of backward, null in inference
+  void* reserve;  // [D, N, variant.row()], likewise
+  // backward
+  const void* dy;    // [N, D, H] or null: zeros
+  const void* dh_n;  // [D, B, H] or null
+  const void* dc_n;
+  void* dgx;  // [N, D, G*H]
+  void* dgh;  // [D, N, G*H] the gradient of W_hh h, or null: it is dgx
+  void* dh0;  // [D, B, H]
+  void* dc0;
+  // execution
+  char* packed;  // W_hh in panels
+};
+struct RecurrencePart {  // rows [begin, end) of the batch in one direction
+  int64_t direction, begin, end;
+  char* scratch;
+  void* sums;  // [S] gradients of the parameters besides w_hh
+};
+struct RecurrenceKernel {
+  int64_t (*packed)(const RecurrenceArgs&, bool backward);  // bytes
+  int64_t (*panels)(const RecurrenceArgs&, bool backward);  // of all directions
+  void (*pack)(const RecurrenceArgs&, bool backward, int64_t first, int64_t last);
+  int64_t (*scratch)(const RecurrenceArgs&, bool backward, int64_t rows);  // bytes for a part
+  void (*run)(const RecurrenceArgs&, bool backward, const RecurrencePart&);
+};
+struct RecurrenceKernels {
+  RecurrenceKernel f64, f32;
+};
+
 struct RandomArgs {
   int64_t seed, stream, limit;  // limit: of 2^32
   double value;

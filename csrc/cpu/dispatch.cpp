@@ -38,6 +38,7 @@ namespace seqkern {
 #define SK_DECLARE(isa)                        \
   namespace isa {                              \
   extern const CpuKernels kKernels;            \
+  extern const RecurrenceKernels kRecurrences; \
   extern const DecoderKernels kDecoderKernels; \
   extern const SearchKernels kSearchKernels;   \
   }
@@ -47,6 +48,7 @@ namespace {
 struct Isa {
   const char* name;
   const CpuKernels* kernels;
+  const RecurrenceKernels* recurrences;
   const DecoderKernels* decoder;
   const SearchKernels* search;
 };
@@ -81,7 +83,8 @@ bool can_run(const std::string& isa) {
 std::vector<Isa> runnable() {
   std::vector<Isa> found;
 #define SK_LIST(isa) \
-  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels, &isa::kDecoderKernels, &isa::kSearchKernels});
+  if (can_run(#isa))                           \
+    found.push_back({#isa, &isa::kKernels, &isa::kRecurrences, &isa::kDecoderKernels, &isa::kSearchKernels});
   SK_BUILT(SK_LIST)
   return found;
 }
@@ -113,6 +116,7 @@ std::string cpu_isas() {
 }
 
 const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
+const RecurrenceKernels& cpu_recurrences() { return *chosen_isa().recurrences; }
 const DecoderKernels& decoder_kernels() { return *chosen_isa().decoder; }
 const SearchKernels& search_kernels() { return *chosen_isa().search; }
 }  // namespace seqkern

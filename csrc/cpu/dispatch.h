@@ -11,5 +11,6 @@ namespace seqkern {
 const CpuKernels& cpu_kernels();
 const DecoderKernels& decoder_kernels();
 const SearchKernels& search_kernels();
+const RecurrenceKernels& cpu_recurrences();
 std::string cpu_isas();  // those that this CPU can run, best last, separated by spaces
 }

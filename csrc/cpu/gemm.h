@@ -124,11 +124,12 @@ template <int kVectors, bool kSame, class A> SK_INL void tile_rows_of(int rows, 
     case 8: return tile_passes<8, kVectors, kSame>(t);
   }
 }
-// A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions.
-constexpr int64_t kLongest = 256;
+// A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions. Who
+// asks for double wants it small.
+template <class A> constexpr int64_t kLongest = sizeof(A) == 8 ? 64 : 256;
 template <int kVectors, bool kSame = false, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
-  if (t.k <= kLongest * 3 / 2) return tile_rows_of<kVectors, kSame>(rows, t);
-  const int64_t blocks = (t.k + kLongest - 1) / kLongest;
+  if (t.k <= kLongest<A> * 3 / 2) return tile_rows_of<kVectors, kSame>(rows, t);
+  const int64_t blocks = (t.k + kLongest<A> - 1) / kLongest<A>;
   constexpr int64_t kRow = kVectors * Pack<typename AccOf<A>::Type>::kWidth * kPair<A>;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t k0 = t.k * i / blocks, k1 = t.k * (i + 1) / blocks;

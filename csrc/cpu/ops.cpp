@@ -8,9 +8,9 @@
 #include <cmath>
 #include <tuple>
 
-#include "../core/operands.h"
 #include "dispatch.h"
 #include "execute.h"
+#include "memory.h"
 #include "plan.h"
 
 namespace seqkern {

@@ -276,6 +276,9 @@ template <class T> SK_INL Pack<T> relu(Pack<T> x) {
   Pack<T> zero(0);
   return Pack<T>::wrap(x.v < zero.v ? zero.v : x.v);
 }
+template <class T> SK_INL Pack<T> hard_sigmoid(Pack<T> x) {  // clamp(x / 6 + 1/2, 0, 1)
+  return at_least(at_most(x * Pack<T>(T(1) / 6) + Pack<T>(T(0.5)), T(1)), T(0));
+}
 template <class T> SK_INL Pack<T> positive(Pack<T> x) {  // 1 where x > 0, else 0
   Pack<T> zero(0);
   return Pack<T>::wrap(x.v > zero.v ? Pack<T>(1).v : zero.v);

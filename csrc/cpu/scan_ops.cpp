@@ -6,13 +6,11 @@
 #include <functional>
 #include <tuple>
 
-#include "../core/check.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace seqkern {
 namespace {
-using Optional = std::optional<Tensor>;
-
 struct ScanInfo { const char* name; int64_t gates; };
 constexpr ScanInfo kScans[kScanCells] = {
     {"mingru", 2}, {"mingru_positive", 2}, {"minlstm", 3}, {"minlstm_positive", 3}};
@@ -22,9 +20,6 @@ int scan_cell(const std::string& name) {
     if (name == kScans[i].name) return i;
   STD_TORCH_CHECK(false, "cell must be one of mingru, mingru_positive, minlstm, minlstm_positive, got ", name);
 }
-
-Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
-void* data(const Optional& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
 struct ScanCall {
   ScanArgs args{};
@@ -113,6 +108,7 @@ Tensor scan(Tensor p, Optional h0, Optional keep, std::string cell) {
   ScanCall call(cell, p, h0, keep);
   ScanArgs& a = call.args;
   Tensor h = torch::stable::new_empty(p, {a.steps, a.batch, a.hidden});
+  in_large_pages(h);
   if (a.batch == 0) return h;
   a.h = data(h);
   Tensor state = call.padded_state();
@@ -132,6 +128,7 @@ std::tuple<Tensor, Tensor> scan_backward(Tensor dh, Tensor p, Optional h0, Optio
   want.check(dh, "dh", "[T, B, H]", {a.steps, a.batch, a.hidden});
   want.check(h, "h", "[T, B, H]", {a.steps, a.batch, a.hidden});
   Tensor dp = torch::stable::new_empty(p, sizes_of(p)), dh0 = torch::stable::new_empty(p, {a.batch, a.hidden});
+  in_large_pages(dp);
   if (a.batch == 0) return {dp, dh0};
   dh = dense(dh);
   h = dense(h);

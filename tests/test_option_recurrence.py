@@ -1,0 +1,167 @@
+"""The recurrence's kernels (other cells, layer normalisation, gradients clipped by norm) against the reference.
+
+The bound is the oracle's: in each dtype four times what the reference itself is off there, beside its float64 self.
+"""
+
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from loops import DTYPES, flat, gradients, make, state
+
+from seqkern import functional, option_ops, recurrence, reference
+
+VARIANTS = {
+    "lstm-layer_norm": ("LSTM", {"layer_norm": True}),
+    "lstm-peephole": ("LSTM", {"peephole": True}),
+    "lstm-coupled": ("LSTM", {"coupled": True}),
+    "lstm-hard": ("LSTM", {"gate_activation": "hard_sigmoid"}),
+    "lstm-coupled-peephole-layer_norm": ("LSTM", {"coupled": True, "peephole": True, "layer_norm": True}),
+    "lstm-clip": ("LSTM", {"grad_clip": ("norm", 0.3)}),
+    "gru-layer_norm": ("GRU", {"layer_norm": True}),
+    "gru-hard": ("GRU", {"gate_activation": "hard_sigmoid"}),
+    "gru-reset_before": ("GRU", {"reset_after": False}),
+    "gru-layer_norm-no_bias": ("GRU", {"layer_norm": True, "bias": False}),
+    "gru-clip": ("GRU", {"grad_clip": ("norm", 0.3)}),
+    "rnn-clip": ("RNN", {"grad_clip": ("norm", 0.3)}),
+    "relu-clip": ("relu", {"grad_clip": ("norm", 0.3)}),
+}
+SHAPES = {  # T, B, I, H, bidirectional
+    "small": (5, 3, 6, 8, False),
+    "one": (1, 1, 1, 1, True),
+    "tails": (9, 5, 7, 37, True),
+    "many_rows": (3, 67, 4, 20, False),
+    "wide": (4, 6, 16, 144, False),
+    "long": (130, 2, 3, 9, False),
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def problem(variant, shape, dtype, **more):
+    """A layer with random parameters, its input and state; float64 ones are float32 numbers."""
+    T, B, I, H, both = SHAPES[shape]  # noqa: E741
+    kind, options = VARIANTS[variant]
+    drawn = torch.float32 if dtype == torch.float64 else dtype
+    m = make(kind, I, H, bidirectional=both, **options, **more)
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            p.uniform_(-(H**-0.5), H**-0.5)
+            if name.startswith("gain"):
+                p.add_(1)
+    x = torch.randn(T, B, I).to(drawn).to(dtype).requires_grad_()
+    hx = state(m, B, drawn)
+    wide = [t.detach().to(dtype).requires_grad_() for t in flat([hx])]
+    return m.to(drawn).to(dtype), x, tuple(wide) if len(wide) == 2 else wide[0]
+
+
+def everything(m, x, hx, dtype=None, **call):
+    """Outputs and all gradients, by name; with dtype in that one."""
+    wide = lambda t: t if dtype is None else t.detach().to(dtype).requires_grad_()  # noqa: E731
+    x, states, weights = wide(x), [wide(t) for t in flat([hx])], {n: wide(p) for n, p in m.named_parameters()}
+    hx = tuple(states) if len(states) == 2 else states[0]
+    y, last, *states_of_all = torch.func.functional_call(m, weights, (x, hx), call)
+    outputs = {f"out{n}": t for n, t in enumerate(flat([y, last, states_of_all]))}
+    leaves = {"x": x} | {f"state{i}": t for i, t in enumerate(states)} | weights
+    return outputs | {f"d{n}": g for n, g in zip(leaves, gradients(outputs, list(leaves.values())), strict=True)}
+
+
+def by_reference(m, x, hx, dtype, **call):
+    """`everything` on the reference in another dtype, the float64 one with products in long double."""
+    linear = oracle._exact_linear if dtype == torch.float64 else reference.linear
+    no = {"covers": lambda *_: False}
+    exact = mock.patch.object(reference, "linear", linear)
+    with exact, mock.patch.multiple(option_ops, **no), mock.patch.multiple(recurrence, **no):
+        return everything(m, x, hx, dtype, **call)
+
+
+def check(m, x, hx, dtype, **call):
+    with mock.patch.object(functional, "reference_layer", side_effect=AssertionError("not on the kernels")):
+        got = everything(m, x, hx, **call)
+    truth = by_reference(m, x, hx, torch.float64, **call)
+    lower = torch.float32 if dtype == torch.float64 else dtype
+    native = by_reference(m, x, hx, lower, **call)
+    shrink = torch.finfo(dtype).eps / torch.finfo(lower).eps
+    wrong = []
+    for name, t in got.items():
+        assert t.dtype == dtype
+        figure = oracle.distance(native[name], truth[name]) * shrink
+        if dtype == torch.float64:  # truth is off too, about as much as native
+            figure *= (oracle.FACTOR + 1) / oracle.FACTOR
+        if text := oracle.fault(t, truth[name], figure):
+            wrong.append(f"{name} {text}")
+    assert not wrong, "\n".join(wrong)
+
+
+@each_variant
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_within_the_oracles_bound(variant, shape, dtype):
+    torch.set_num_threads(2)
+    m, x, hx = problem(variant, shape, dtype)
+    check(m, x, hx, dtype)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit(variant, dtype):
+    torch.set_num_threads(2)
+    m, x, hx = problem(variant, "tails", dtype)
+    check(m, x, hx, dtype)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_with_every_other_option(variant, dtype):
+    """Zoneout, masks on h and W_hh, resets, lengths, all states; value clipping where norms are not clipped."""
+    torch.set_num_threads(2)
+    more = {"zoneout": (0.3, 0.2) if variant.startswith("lstm") else 0.3, "recurrent_dropout": 0.3}
+    more |= {"weight_dropout": 0.2} | ({} if "clip" in variant else {"grad_clip": 0.1})
+    m, x, hx = problem(variant, "tails", dtype, **more)
+    resets = torch.rand(x.shape[:2]) < 0.3
+    for lengths in (None, [9, 2, 0, 5, 9]):
+        seeds = [torch.Generator().manual_seed(5) for _ in range(3)]
+        call = {"resets": resets, "lengths": lengths, "return_all_states": True}
+        got = everything(m, x, hx, generator=seeds[0], **call)
+        want = by_reference(m, x, hx, torch.float64, generator=seeds[1], **call)
+        tolerance = DTYPES[dtype]
+        for name, t in got.items():
+            scale = tolerance * max(1, oracle.largest(want[name]))
+            torch.testing.assert_close(t.double(), want[name], rtol=tolerance, atol=scale, msg=lambda s, n=name: n + s)
+
+
+@each_variant
+def test_repeats_to_the_bit(variant):
+    """Also when nothing is kept. With another number of threads, sums over rows go in other parts."""
+    m, x, hx = problem(variant, "many_rows", torch.float32)
+    torch.set_num_threads(1)
+    one = everything(m, x, hx)
+    torch.set_num_threads(3)
+    three, again = everything(m, x, hx), everything(m, x, hx)
+    with torch.no_grad():
+        assert torch.equal(m(x, hx)[0], three["out0"])
+    for name, t in three.items():
+        assert torch.equal(t, again[name]), name
+        torch.testing.assert_close(t, one[name], rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch_and_a_nan_that_a_reset_clears():
+    m = make("LSTM", 3, 5, layer_norm=True, peephole=True)
+    x = torch.randn(4, 0, 3, dtype=torch.float64, requires_grad=True)
+    y, (h, c) = m(x)
+    y.sum().backward()
+    assert y.shape == (4, 0, 5) and h.shape == c.shape == (1, 0, 5)
+    assert m.gain_hh_l0.grad.abs().sum() == 0 and x.grad.shape == x.shape
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    bad = torch.full((1, 2, 5), float("nan"), dtype=torch.float64)
+    resets = torch.tensor([[True, True], *[[False, False]] * 3])
+    torch.testing.assert_close(m(x, (bad, bad), resets=resets)[0], m(x)[0])
+
+
+def test_autocast():
+    m = make("GRU", 4, 6, layer_norm=True, dtype=torch.float32)
+    x = torch.randn(3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = m(x)
+    assert y.dtype == h.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), m(x)[0], rtol=0, atol=0.05)
