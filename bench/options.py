@@ -135,10 +135,10 @@ def mingru_steps(T: int, B: int, H: int):
     return (lambda x: m(x)[0]), (lambda x: torch.cat([m(part)[0] for part in x.split(4096)]))
 
 
-USUAL, SMALL = (128, 32, 256), (128, 8, 128)
+USUAL, SMALL, TINY = (128, 32, 256), (128, 8, 128), (128, 2, 64)
 CASES = {}
 for cell in ("lstm", "gru"):
-    for size, shape in (("", USUAL), ("-small", SMALL)):
+    for size, shape in (("", USUAL), ("-small", SMALL), ("-tiny", TINY)):
         CASES[f"layer_norm-{cell}{size}"] = Case(shape, "TorchScript loop", normalised(cell))
     CASES[f"lengths-{cell}"] = Case(USUAL, "pack, torch.nn, pad", lengths(cell))
     CASES[f"lengths-{cell}-long"] = Case((1000, 16, 64), "pack, torch.nn, pad", lengths(cell))
