@@ -5,14 +5,16 @@ beside the plain seqkern layer; appends one JSON line per case, and makes docs/o
     python bench/options.py --cases 'layer_norm*' --table
 
 Both sides run forward and backward in turn (A B B A) on the same weights and input; where the peer computes the same,
-the outputs are compared first. A line holds case, peer, the shape, ms and peer_ms, ratio = peer time / seqkern time (median
-over the rounds) with the interval of that median, load, and the machine.
+the outputs are compared first. A line holds case, peer, the shape, ms and peer_ms, ratio = peer / seqkern time (median
+over the rounds) with the interval of that median, clock, load, and the machine. --cpu-time counts the process's time on
+the CPU, not the wall clock's: for one thread on a machine with other work.
 """
 
 import argparse
 import fnmatch
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -133,10 +135,10 @@ def mingru_steps(T: int, B: int, H: int):
     return (lambda x: m(x)[0]), (lambda x: torch.cat([m(part)[0] for part in x.split(4096)]))
 
 
-USUAL, SMALL = (128, 32, 256), (128, 8, 128)
+USUAL, SMALL, TINY = (128, 32, 256), (128, 8, 128), (128, 2, 64)
 CASES = {}
 for cell in ("lstm", "gru"):
-    for size, shape in (("", USUAL), ("-small", SMALL)):
+    for size, shape in (("", USUAL), ("-small", SMALL), ("-tiny", TINY)):
         CASES[f"layer_norm-{cell}{size}"] = Case(shape, "TorchScript loop", normalised(cell))
     CASES[f"lengths-{cell}"] = Case(USUAL, "pack, torch.nn, pad", lengths(cell))
     CASES[f"lengths-{cell}-long"] = Case((1000, 16, 64), "pack, torch.nn, pad", lengths(cell))
@@ -155,7 +157,15 @@ CASES["mingru"] = Case((4096, 8, 256), "torch.nn.GRU", mingru, False)
 CASES["mingru-linear"] = Case((65536, 1, 256), "16 pieces of 4096 steps, each from zeros", mingru_steps, False)
 
 
-def measure(name: str, case: Case, budget: timing.Budget) -> dict[str, object]:
+def cpu_time(run: timing.Run, calls: int) -> float:
+    """Seconds per call that the process spent on the CPU."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
+
+
+def measure(name: str, case: Case, budget: timing.Budget, clock: timing.Sample) -> dict[str, object]:
     torch.manual_seed(0)
     T, B, H = case.shape
     ours, peer = case.make(T, B, H)
@@ -166,8 +176,9 @@ def measure(name: str, case: Case, budget: timing.Budget) -> dict[str, object]:
         with torch.no_grad():
             torch.testing.assert_close(ours(x)[first], peer(x)[first], rtol=1e-4, atol=1e-4)
     train = lambda f: lambda: f(x).backward(dy)  # noqa: E731
-    result = timing.paired(train(ours), train(peer), budget)
-    return {"case": name, "peer": case.peer, "T": T, "B": B, "H": H} | result.summary() | {"load": machine.load()}
+    result = timing.paired(train(ours), train(peer), budget, clock)
+    line = {"case": name, "peer": case.peer, "T": T, "B": B, "H": H, "clock": clock.__name__}
+    return line | result.summary() | {"load": machine.load()}
 
 
 def table(lines: list[dict]) -> str:
@@ -187,6 +198,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("bench/out/options.jsonl"), help="append lines here")
     parser.add_argument("--threads", type=int, help="for both sides (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=4.0, help="the most that a case takes")
+    parser.add_argument("--cpu-time", action="store_true", help="instead of the wall clock's")
     parser.add_argument("--table", action="store_true", help="only make the table from the file")
     args = parser.parse_args()
     if args.threads:
@@ -197,7 +209,7 @@ def main() -> None:
         chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in args.cases)]
         budget = timing.Budget(samples=24, low=0.5, high=args.seconds)
         for i, name in enumerate(chosen):
-            line = measure(name, CASES[name], budget) | about
+            line = measure(name, CASES[name], budget, cpu_time if args.cpu_time else timing.clock) | about
             times = f"{line['ms']:.1f} ms, peer {line['peer_ms']:.1f}, ratio {line['ratio']:.2f}"
             print(f"[{i + 1}/{len(chosen)}] {name}: {times}", flush=True)
             with args.json.open("a") as file:

@@ -243,7 +243,8 @@ def by_reference(gx, states, params, batch_sizes, masks, clips, how) -> Sequence
     for d, w in enumerate(w_hh):
         bias = None if bias_n[d] is None else torch.cat([w.new_zeros(2 * w.size(1)), bias_n[d]])
         groups.append(reference.Weights(w, w, None, bias))
-        extra.append(Extra(peephole[d], None, gain_h[d], gain_c[d], bias_c[d]))
+        if flags & (PEEPHOLE | NORMAL):
+            extra.append(Extra(peephole[d], None, gain_h[d], gain_c[d], bias_c[d]))
     o = Options(
         **dict(zip(MASKS, masks, strict=True)), clip_value=clips[0], clip_norm=clips[1], coupled=bool(flags & COUPLED),
         hard_sigmoid=bool(flags & HARD), reset_before=bool(flags & RESET_BEFORE), extra=extra,

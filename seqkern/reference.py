@@ -334,7 +334,7 @@ def recurrence(
     sizes: list[int],
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`layer_with` from each direction's projected inputs, [N, G*H]; y and c of every step are [N, D*P] and [N, D*H]."""
+    """`layer_with` from each direction's projected inputs, [N, G*H]; y c of every step: [N, D*P], [N, D*H]."""
     hs, cs, last = [], [], []
     for d, w in enumerate(groups):
         h = gx[d].new_zeros(sizes[0], w.w_hh.size(1)) if h0 is None else h0[d]

@@ -51,6 +51,23 @@ def test_opcheck_backward(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_derivatives(name):
+    """Of everything that the operator takes a gradient of, with all masks on."""
+    inputs = arguments(*CASES[name])
+    h0, c0, params = inputs[1:4]
+    leaves = [t for t in (inputs[0], h0, c0, *params) if t is not None]
+
+    def function(gx, h0, *rest):
+        rest = list(rest)
+        c0 = rest.pop(0) if inputs[2] is not None else None
+        outputs = recurrence.recurrence(gx, h0, c0, rest, *inputs[4:], True, True)[:4]
+        return tuple(t for t in outputs if t.numel())
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_backward_without_a_reserve(name):
     """It runs forward again."""
     inputs = arguments(*CASES[name])
