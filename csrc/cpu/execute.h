@@ -17,14 +17,15 @@ namespace seqkern {
 inline void in_large_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20, kAlwaysFresh = 32 << 20;
-  const uintptr_t size = uintptr_t(t.numel()) * t.element_size(), begin = (uintptr_t(data(t)) + kPage - 1) / kPage * kPage;
+  const uintptr_t size = uintptr_t(t.numel()) * t.element_size(),
+                  begin = (uintptr_t(data(t)) + kPage - 1) / kPage * kPage;
   if (size >= kAlwaysFresh) madvise((void*)begin, (uintptr_t(data(t)) + size) / kPage * kPage - begin, MADV_HUGEPAGE);
 #endif
 }
 
-// Memory for one call's packed weights and buffers. Each calling thread keeps its last, up to a limit: memory fresh from
-// the system is cleared page by page, which took a third of the time of training at B=4 H=512. Pages of 2 MiB, because
-// translating addresses of 4 KiB pages halves the rate at which large weights are read.
+// Memory for one call's packed weights and buffers. Each calling thread keeps its last, up to a limit: memory fresh
+// from the system is cleared page by page, which took a third of the time of training at B=4 H=512. Pages of 2 MiB,
+// because translating addresses of 4 KiB pages halves the rate at which large weights are read.
 constexpr int64_t kMostKept = 64 << 20;
 struct Scratch {
   char* bytes = nullptr;
