@@ -86,7 +86,8 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> list:
     return [
         draw(case.T, case.B, rows), draw(case.B, case.A), draw(case.L, case.B, case.H),
         draw(case.L, case.B, case.H) if case.cell == "lstm" else None, weights,
-        draw(case.B, case.S, k, scale=2 * small if case.K is None else 1.0), draw(case.B, case.S, case.A), lengths_of(case),
+        draw(case.B, case.S, k, scale=2 * small if case.K is None else 1.0), draw(case.B, case.S, case.A),
+        lengths_of(case),
         None if case.K is None else draw(k, case.H, scale=small), None if case.K is None else draw(k, scale=k**-0.5),
         draw(case.A, case.H, scale=small), draw(case.A), masks, case.cell,
     ]  # fmt: skip

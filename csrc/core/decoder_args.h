@@ -9,18 +9,18 @@
 namespace seqkern {
 
 struct DecoderWeights {  // of a layer
-  void* w_x;   // [G*H, A] of the bottom layer, for the fed-back vector; [G*H, H] of the others
-  void* w_hh;  // [G*H, H]
-  void* b_x;   // [G*H]; null in the bottom layer, where gx holds it
-  void* b_hh;  // [G*H]
+  void* w_x;             // [G*H, A] of the bottom layer, for the fed-back vector; [G*H, H] of the others
+  void* w_hh;            // [G*H, H]
+  void* b_x;             // [G*H]; null in the bottom layer, where gx holds it
+  void* b_hh;            // [G*H]
 };
 
 struct DecoderArgs {
   int64_t steps, batch, hidden, layers, source, key, vector;
-  const void* gx;     // [T, B, G*H]
-  const void* feed0;  // [B, A]
-  const void* h0;     // [L, B, H]
-  const void* c0;     // [L, B, H] (LSTM) or null
+  const void* gx;                 // [T, B, G*H]
+  const void* feed0;              // [B, A]
+  const void* h0;                 // [L, B, H]
+  const void* c0;                 // [L, B, H] (LSTM) or null
   const DecoderWeights* weights;  // [L]
   const void* keys;               // [B, S, K]
   const void* values;             // [B, S, A]
@@ -38,14 +38,14 @@ struct DecoderArgs {
   void* h_n;  // [L, B, H]
   void* c_n;  // [L, B, H] (LSTM) or null
   // backward; null where there is none or it is not wanted
-  const void* da;      // [T, B, A]
-  const void* dh_n;    // [L, B, H]
-  const void* dc_n;    // [L, B, H]
-  const void* dalpha;  // [T, B, S]
-  void* dgx;           // [T, B, G*H]
-  void* dfeed0;        // [B, A]
-  void* dh0;           // [L, B, H]
-  void* dc0;           // [L, B, H]
+  const void* da;                  // [T, B, A]
+  const void* dh_n;                // [L, B, H]
+  const void* dc_n;                // [L, B, H]
+  const void* dalpha;              // [T, B, S]
+  void* dgx;                       // [T, B, G*H]
+  void* dfeed0;                    // [B, A]
+  void* dh0;                       // [L, B, H]
+  void* dc0;                       // [L, B, H]
   const DecoderWeights* dweights;  // [L]; null with the next four
   void* dw_query;
   void* dv;

@@ -20,7 +20,8 @@ template <class C, class S> struct Decoder {
 
   const DecoderArgs& a;
   int64_t ldh, ldk, lda;  // rows of H, K and A elements, padded
-  explicit Decoder(const DecoderArgs& args) : a(args), ldh(padded(a.hidden)), ldk(padded(a.key)), lda(padded(a.vector)) {}
+  explicit Decoder(const DecoderArgs& args)
+      : a(args), ldh(padded(a.hidden)), ldk(padded(a.key)), lda(padded(a.vector)) {}
 
   static int64_t padded(int64_t n) { return ceil_div(n, kWideColumns) * kWideColumns + 32; }
   static int64_t wide_panels(int64_t n) { return ceil_div(n, kWideColumns); }

@@ -1,8 +1,8 @@
 // Attention of one row of the batch at one step: scores, softmax, weighted sum, and their derivatives. A row's keys lie
 // together and are read once from the outer cache for each of these, so that none has an intermediate in memory.
 //
-// Keys and values of a large batch come from an outer cache, in pieces that the hardware's prefetcher sees the end of too
-// late: `ahead` is how far on, in elements, the next row of the batch has what is read here.
+// Keys and values of a large batch come from an outer cache, in pieces that the hardware's prefetcher sees the end of
+// too late: `ahead` is how far on, in elements, the next row of the batch has what is read here.
 //
 // Vectors of type Acc are padded with zeros to whole registers; keys and values, of the storage type S, are not.
 #pragma once
@@ -31,7 +31,8 @@ template <class S> struct AttentionRow {
   static constexpr int kBlock = kRegisters == 32 ? 8 : 4;  // vectors that are summed over the source at a time
 
   // to[s] = q . rows[s] for s < n; rows of k elements.
-  static __attribute__((noinline)) void dots(const Acc* q, const S* rows, int64_t n, int64_t k, int64_t ahead, Acc* to) {
+  static __attribute__((noinline)) void dots(const Acc* q, const S* rows, int64_t n, int64_t k, int64_t ahead,
+                                             Acc* to) {
     constexpr int kRows = 4;
     for (int64_t s = 0; s < n; s += kRows) {
       const S* row[kRows];
@@ -55,12 +56,16 @@ template <class S> struct AttentionRow {
   }
 
   // to[s] = v . tanh(q + rows[s]).
-  static __attribute__((noinline)) void additive(const Acc* q, const Acc* v, const S* rows, int64_t n, int64_t k, Acc* to) {
+  static __attribute__((noinline)) void additive(const Acc* q, const Acc* v, const S* rows, int64_t n, int64_t k,
+                                                 int64_t ahead, Acc* to) {
     for (int64_t s = 0; s < n; ++s) {
       const S* row = rows + s * k;
       V sum(0);
       int64_t j = 0;
-      for (; j + kWidth <= k; j += kWidth) sum = sum + load(v + j) * tanh_(load(q + j) + load(row + j));
+      for (; j + kWidth <= k; j += kWidth) {
+        __builtin_prefetch(row + j + ahead, 0, 2);
+        sum = sum + load(v + j) * tanh_(load(q + j) + load(row + j));
+      }
       if (j < k) sum = sum + load(v + j) * tanh_(load(q + j) + load(row + j, k - j));
       to[s] = total(sum);
     }
@@ -82,15 +87,17 @@ template <class S> struct AttentionRow {
   }
 
   // to[j] = sum over s < n of w[s] rows[s][j], j < k; `to` is padded.
-  static __attribute__((noinline)) void weighted(const Acc* w, const S* rows, int64_t n, int64_t k, int64_t ahead, Acc* to) {
+  static __attribute__((noinline)) void weighted(const Acc* w, const S* rows, int64_t n, int64_t k, int64_t ahead,
+                                                 Acc* to) {
     int64_t j = 0;
-    for (; j + kBlock * kWidth <= k; j += kBlock * kWidth) weighted_block<kBlock, true>(w, rows + j, n, k, k - j, ahead, to + j);
+    for (; j + kBlock * kWidth <= k; j += kBlock * kWidth)
+      weighted_block<kBlock, true>(w, rows + j, n, k, k - j, ahead, to + j);
     for (; j + kWidth <= k; j += kWidth) weighted_block<1, true>(w, rows + j, n, k, k - j, ahead, to + j);
     if (j < k) weighted_block<1, false>(w, rows + j, n, k, k - j, ahead, to + j);
   }
   template <int kCount, bool kWhole>
-  static SK_INL void weighted_block(const Acc* w, const S* rows, int64_t n, int64_t ld, int64_t lanes,
-                                    int64_t ahead, Acc* to) {
+  static SK_INL void weighted_block(const Acc* w, const S* rows, int64_t n, int64_t ld, int64_t lanes, int64_t ahead,
+                                    Acc* to) {
     V sum[kCount];
     for (int i = 0; i < kCount; ++i) sum[i] = V(0);
     for (int64_t s = 0; s < n; ++s)
@@ -112,18 +119,23 @@ template <class S> struct AttentionRow {
   // From the gradients d of the scores v . tanh(q + rows[s]): that of q into dq, those of v and, where wanted, of the
   // rows are added to. tanh is computed again: it would take T times as much memory as the keys.
   static __attribute__((noinline)) void additive_backward(const Acc* d, const Acc* q, const Acc* v, const S* rows,
-                                                          int64_t n, int64_t k, Acc* dq, Acc* dv, Acc* drows) {
+                                                          int64_t n, int64_t k, int64_t ahead, Acc* dq, Acc* dv,
+                                                          Acc* drows) {
     constexpr int kCount = 2;
     int64_t j = 0;
     for (; j + kCount * kWidth <= k; j += kCount * kWidth)
-      additive_block<kCount, true>(d, q + j, v + j, rows + j, n, k, k - j, dq + j, dv + j, drows ? drows + j : nullptr);
+      additive_block<kCount, true>(d, q + j, v + j, rows + j, n, k, k - j, ahead, dq + j, dv + j,
+                                   drows ? drows + j : nullptr);
     for (; j + kWidth <= k; j += kWidth)
-      additive_block<1, true>(d, q + j, v + j, rows + j, n, k, k - j, dq + j, dv + j, drows ? drows + j : nullptr);
-    if (j < k) additive_block<1, false>(d, q + j, v + j, rows + j, n, k, k - j, dq + j, dv + j, drows ? drows + j : nullptr);
+      additive_block<1, true>(d, q + j, v + j, rows + j, n, k, k - j, ahead, dq + j, dv + j,
+                              drows ? drows + j : nullptr);
+    if (j < k)
+      additive_block<1, false>(d, q + j, v + j, rows + j, n, k, k - j, ahead, dq + j, dv + j,
+                               drows ? drows + j : nullptr);
   }
   template <int kCount, bool kWhole>
   static SK_INL void additive_block(const Acc* d, const Acc* q, const Acc* v, const S* rows, int64_t n, int64_t ld,
-                                    int64_t lanes, Acc* dq, Acc* dv, Acc* drows) {
+                                    int64_t lanes, int64_t ahead, Acc* dq, Acc* dv, Acc* drows) {
     V sum_q[kCount], sum_v[kCount], query[kCount], weight[kCount];
     for (int i = 0; i < kCount; ++i) {
       sum_q[i] = sum_v[i] = V(0);
@@ -133,6 +145,8 @@ template <class S> struct AttentionRow {
     for (int64_t s = 0; s < n; ++s) {
       const V ds(d[s]);
       for (int i = 0; i < kCount; ++i) {
+        __builtin_prefetch(rows + s * ld + i * kWidth + ahead, 0, 2);
+        if (drows) __builtin_prefetch(drows + s * ld + i * kWidth + ahead, 1, 2);
         V y = tanh_(query[i] + load_part<kWhole>(rows + s * ld + i * kWidth, lanes));
         V g = ds * weight[i] * (V(1) - y * y);
         sum_v[i] = sum_v[i] + ds * y;
@@ -191,7 +205,9 @@ template <class S> struct AttentionRow {
     }
   };
   template <class L, class R>
-  static __attribute__((noinline)) void outer(const Outer<L, R>& o) { o.run(); }
+  static __attribute__((noinline)) void outer(const Outer<L, R>& o) {
+    o.run();
+  }
 };
 
 }}}  // namespace seqkern::SK_NS

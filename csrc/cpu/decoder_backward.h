@@ -8,16 +8,20 @@ namespace seqkern { namespace SK_NS { namespace {
 
 template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   using Base = DecoderSums<C, S>;
-  using typename Base::Acc, typename Base::V, typename Base::Row, typename Base::Store, typename Base::Work;
+  using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::wide_panels, Base::most_rows,
+      Base::rows;
   using Base::kWidth, Base::kSkip, Base::kDirect, Base::kWideColumns;
-  using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::wide_panels, Base::most_rows, Base::rows;
-  using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all, Base::grads, Base::grad_ld;
+  using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all, Base::grads,
+      Base::grad_ld;
   using Base::work, Base::sum_weights, Base::Base;
+  using typename Base::Acc, typename Base::V, typename Base::Row, typename Base::Store, typename Base::Work;
 
   // Whether the stored gradients are operands as they are. Else each step's are rounded into buffers.
   static constexpr bool kOperands = sizeof(typename OperandOf<S>::Type) == sizeof(Acc);
 
-  struct Layer { Panels<S> w_x, w_hh; };  // right-hand sides [G*H, A or H], [G*H, H]
+  struct Layer {
+    Panels<S> w_x, w_hh;
+  };  // right-hand sides [G*H, A or H], [G*H, H]
   struct Shared {
     Panels<S> w_query, w_pre;  // right-hand sides [K, H], [A, H]
     Acc* v;
@@ -136,9 +140,11 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       pack_by_gate((const S*)a.weights[l].w_hh, a.hidden, C::kOrderH, w.w_hh, tid);
     }
     const Range p = part(wide_panels(a.hidden), tid, a.threads);
-    pack_rows(s.w_pre, p.begin, p.end, a.hidden, 0, a.vector, [&](int64_t k) { return (const S*)a.w_pre + k * a.hidden; });
+    pack_rows(s.w_pre, p.begin, p.end, a.hidden, 0, a.vector,
+              [&](int64_t k) { return (const S*)a.w_pre + k * a.hidden; });
     if (!additive()) return;
-    pack_rows(s.w_query, p.begin, p.end, a.hidden, 0, a.key, [&](int64_t k) { return (const S*)a.w_query + k * a.hidden; });
+    pack_rows(s.w_query, p.begin, p.end, a.hidden, 0, a.key,
+              [&](int64_t k) { return (const S*)a.w_query + k * a.hidden; });
     for (int64_t j = 0; j < ldk && tid == 0; ++j) s.v[j] = j < a.key ? Acc(widen(((const S*)a.v)[j])) : Acc(0);
   }
 
@@ -185,7 +191,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       d = d * (V(1) - out * out);
       put(d, pre, o.pre, r, j, kWidth);  // lanes past A are zeros
     }
-    const S *alpha = (const S*)a.alpha + row * a.source, *dalpha = a.dalpha ? (const S*)a.dalpha + row * a.source : nullptr;
+    const S *alpha = (const S*)a.alpha + row * a.source,
+            *dalpha = a.dalpha ? (const S*)a.dalpha + row * a.source : nullptr;
     Row::dots(pre, (const S*)a.values + b * a.source * a.vector, length, a.vector, a.source * a.vector, o.dalpha);
     for (int64_t i = 0; i < length; i += kWidth) {
       store(load(alpha + i, length - i), o.alpha + i);
@@ -197,7 +204,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       for (int64_t j = 0; j < a.key; j += kWidth) store(load(kept_query(t, b) + j, a.key - j), o.wide_query + j);
       Acc* dkeys = o.dkeys + r * a.source * a.key;
       if constexpr (kDirect) dkeys = (Acc*)a.dkeys + b * a.source * a.key;
-      Row::additive_backward(o.dalpha, o.wide_query, s.v, keys, length, a.key, o.dq, o.dv, a.dkeys ? dkeys : nullptr);
+      Row::additive_backward(o.dalpha, o.wide_query, s.v, keys, length, a.key, a.source * a.key, o.dq, o.dv,
+                             a.dkeys ? dkeys : nullptr);
       for (int64_t j = 0; j < a.key; j += kWidth)
         put(load(o.dq + j), s.store.query + row * ldk, o.query, r, j, a.key - j);
     } else {
@@ -219,7 +227,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       if (a.masks) {
         const int64_t b = rows.begin + r;
         if (a.dmasks)
-          store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j, lanes);
+          store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j,
+                lanes);
         x = x * load(mask(t, l - 1, b) + j, lanes);
       }
       Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
@@ -281,7 +290,8 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       S* dkeys = (S*)a.dkeys + b * a.source * a.key;
       if (!additive()) {
         Row::template outer<Acc, S>({s.store.scores + b * a.source, a.batch * a.source, kept_h(0, a.layers - 1, b),
-                                     a.layers * a.batch * Base::kStride * a.hidden, a.steps, length, a.source, a.key, dkeys});
+                                     a.layers * a.batch * Base::kStride * a.hidden, a.steps, length, a.source, a.key,
+                                     dkeys});
       } else if (!kDirect) {
         const Acc* from = o.dkeys + (b - rows.begin) * a.source * a.key;
         for (int64_t i = 0; i < a.source * a.key; ++i) narrow(from[i], dkeys[i]);

@@ -8,10 +8,10 @@ namespace seqkern { namespace SK_NS { namespace {
 
 template <class C, class S> struct DecoderForward : Decoder<C, S> {
   using Base = Decoder<C, S>;
-  using typename Base::Acc, typename Base::V, typename Base::Row;
-  using Base::kWidth, Base::kBlocks, Base::kVectors, Base::kColumns, Base::kWideColumns;
   using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::wide_panels, Base::most_rows;
+  using Base::kWidth, Base::kBlocks, Base::kVectors, Base::kColumns, Base::kWideColumns;
   using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all;
+  using typename Base::Acc, typename Base::V, typename Base::Row;
 
   int64_t panels, ld_scores;
   explicit DecoderForward(const DecoderArgs& args) : Base(args) {
@@ -30,10 +30,10 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   };
   struct Own {
     Rows<S> feed, h, below[2];  // h: [2][L][rows], state before and after a step by turns; below: masked h, by turns
-    Acc *carry;                 // [L][rows][ldh]
-    Acc *gx;                    // [tile][kColumns] a tile of the product with what comes from below
+    Acc* carry;                 // [L][rows][ldh]
+    Acc* gx;                    // [tile][kColumns] a tile of the product with what comes from below
     Acc *query, *context;       // [rows][ldk], [rows][lda]
-    Acc *weights;               // [ld_scores]
+    Acc* weights;               // [ld_scores]
     int64_t rows;
     Rows<S> state(int64_t turn, int64_t layers, int64_t layer) const { return h.at((turn * layers + layer) * rows); }
   };
@@ -156,16 +156,21 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
         multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
           for (int k = 0; k < count * kVectors; ++k) store(load(c + k * kWidth), o.gx + k * kWidth);
         });
-        multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh, [&](int64_t, int64_t, int count, const Acc* c) {
-          for (int k = 0; k < count; ++k)
-            cells(o, {t, l, p, rows.begin + some.begin + k}, some.begin + k, o.gx + k * kColumns, c + k * kColumns, next);
-        });
+        multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh,
+                           [&](int64_t, int64_t, int count, const Acc* c) {
+                             for (int k = 0; k < count; ++k)
+                               cells(o, {t, l, p, rows.begin + some.begin + k}, some.begin + k, o.gx + k * kColumns,
+                                     c + k * kColumns, next);
+                           });
       }
   }
 
-  struct Place { int64_t t, l, panel, b; };
+  struct Place {
+    int64_t t, l, panel, b;
+  };
   // The cells of a panel's units for row b of the batch, r of this thread.
-  SK_INL void cells(const Own& o, const Place& at, int64_t r, const Acc* from_x, const Acc* from_h, const Rows<S>& next) const {
+  SK_INL void cells(const Own& o, const Place& at, int64_t r, const Acc* from_x, const Acc* from_h,
+                    const Rows<S>& next) const {
     const int64_t t = at.t, l = at.l, b = at.b;
     const bool top = l + 1 == a.layers, last = t + 1 == a.steps;
     for (int u = 0; u < kBlocks; ++u) {
@@ -178,7 +183,8 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
         if (l) continue;
         const S* given = (const S*)a.gx + ((t * a.batch + b) * C::kGates + g) * a.hidden + j;
         // For the next panel, or step: of many short streams the hardware foresees none.
-        __builtin_prefetch(lanes > kBlocks * kWidth ? given + kBlocks * kWidth : given - j + a.batch * C::kGates * a.hidden, 0, 2);
+        __builtin_prefetch(
+            lanes > kBlocks * kWidth ? given + kBlocks * kWidth : given - j + a.batch * C::kGates * a.hidden, 0, 2);
         gx[g] = gx[g] + load(given, lanes);
       }
       Acc* held = o.carry + (l * o.rows + r) * ldh + j;
@@ -212,13 +218,13 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
       const int64_t b = rows.begin + r, length = a.lengths[b];
       const S* keys = (const S*)a.keys + b * a.source * a.key;
       const Acc* q = o.query + r * ldk;
-      if (additive()) Row::additive(q, s.v, keys, length, a.key, o.weights);
+      if (additive()) Row::additive(q, s.v, keys, length, a.key, a.source * a.key, o.weights);
       else Row::dots(q, keys, length, a.key, a.source * a.key, o.weights);
       Row::softmax(o.weights, length, a.source);
       S* alpha = (S*)a.alpha + (t * a.batch + b) * a.source;
       for (int64_t i = 0; i < a.source; i += kWidth) store(load(o.weights + i, a.source - i), alpha + i, a.source - i);
-      Row::weighted(o.weights, (const S*)a.values + b * a.source * a.vector, length, a.vector,
-                    a.source * a.vector, o.context + r * lda);
+      Row::weighted(o.weights, (const S*)a.values + b * a.source * a.vector, length, a.vector, a.source * a.vector,
+                    o.context + r * lda);
     }
     wide_product(h, n, s.w_pre, a.vector, s.b_pre, [&](int64_t r, int64_t j, int64_t lanes, V x) {
       V y = tanh_(x + load(o.context + r * lda + j));

@@ -4,10 +4,13 @@
 #include "decoder_backward.h"
 #include "decoder_forward.h"
 
-namespace seqkern { namespace SK_NS { namespace {
+namespace seqkern { namespace SK_NS {
+namespace {
 
-template <class C, class S> constexpr DecoderKernel kForward{&DecoderForward<C, S>::scratch, &DecoderForward<C, S>::run};
-template <class C, class S> constexpr DecoderKernel kBackward{&DecoderBackward<C, S>::scratch, &DecoderBackward<C, S>::run};
+template <class C, class S> constexpr DecoderKernel kForward{&DecoderForward<C, S>::scratch,
+                                                             &DecoderForward<C, S>::run};
+template <class C, class S> constexpr DecoderKernel kBackward{&DecoderBackward<C, S>::scratch,
+                                                              &DecoderBackward<C, S>::run};
 
 }  // namespace
 

@@ -30,17 +30,18 @@ void check_sizes(const std::string& name, const Tensor& t, int64_t dims, const c
 }
 
 void check_lengths(const std::string& name, const Tensor& lengths, int64_t batch, int64_t source) {
-  STD_TORCH_CHECK(sizes_of(lengths) == std::vector<int64_t>{batch} && lengths.scalar_type() == ScalarType::Long &&
-                      lengths.is_cpu(),
-                  name, ": lengths must be [B] = [", batch, "] int64 on the CPU, got ", text(sizes_of(lengths)), " ",
-                  dtype_name(lengths.scalar_type()));
+  STD_TORCH_CHECK(
+      sizes_of(lengths) == std::vector<int64_t>{batch} && lengths.scalar_type() == ScalarType::Long && lengths.is_cpu(),
+      name, ": lengths must be [B] = [", batch, "] int64 on the CPU, got ", text(sizes_of(lengths)), " ",
+      dtype_name(lengths.scalar_type()));
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t n = ((const int64_t*)lengths.data_ptr())[b * lengths.stride(0)];
     STD_TORCH_CHECK(n >= 0 && n <= source, name, ": lengths must be in [0, S] = [0, ", source, "], got ", n);
   }
 }
 
-void check_layers(const std::string& name, const Inputs& in, int64_t gates, int64_t layers, int64_t hidden, int64_t vector) {
+void check_layers(const std::string& name, const Inputs& in, int64_t gates, int64_t layers, int64_t hidden,
+                  int64_t vector) {
   STD_TORCH_CHECK(int64_t(in.weights.size()) == 4 * layers - 1, name,
                   ": weights must be w_feed, w_hh, b_hh, then w_ih, w_hh, b_ih, b_hh of each further layer: 4*L - 1 = ",
                   4 * layers - 1, " tensors, got ", in.weights.size());
@@ -103,9 +104,10 @@ struct Call {
     want.check(in.keys, "keys", "[B, S, K]", {a.batch, a.source, a.key});
     want.check(in.values, "values", "[B, S, A]", {a.batch, a.source, a.vector});
     check_lengths(name, in.lengths, a.batch, a.source);
-    STD_TORCH_CHECK(in.w_query.has_value() == in.v.has_value(), name, ": w_query and v must be given both or not at all");
-    STD_TORCH_CHECK(in.v || a.key == a.hidden, name, ": keys must be [B, S, H] without w_query, H = ", a.hidden, ", got ",
-                    text(sizes_of(in.keys)));
+    STD_TORCH_CHECK(in.w_query.has_value() == in.v.has_value(), name,
+                    ": w_query and v must be given both or not at all");
+    STD_TORCH_CHECK(in.v || a.key == a.hidden, name, ": keys must be [B, S, H] without w_query, H = ", a.hidden,
+                    ", got ", text(sizes_of(in.keys)));
     want.check(in.w_query, "w_query", "[K, H]", {a.key, a.hidden});
     want.check(in.v, "v", "[K]", {a.key});
     want.check(in.w_pre, "w_pre", "[A, H]", {a.vector, a.hidden});
@@ -114,7 +116,8 @@ struct Call {
     read();
   }
   void read() {
-    for (Tensor* t : {&in.gx, &in.feed0, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre}) *t = dense(*t);
+    for (Tensor* t : {&in.gx, &in.feed0, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre})
+      *t = dense(*t);
     for (Optional* t : {&in.c0, &in.w_query, &in.v, &in.masks}) *t = dense(*t);
     for (Tensor& w : in.weights) w = dense(w);
     DecoderArgs& a = args;
@@ -181,9 +184,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(const Inputs& inp
   return {out, h_n, c_n, alpha, reserve};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor gx, Tensor feed0, Tensor h0, Optional c0, Tensors weights, Tensor keys, Tensor values, Tensor lengths,
-    Optional w_query, Optional v, Tensor w_pre, Tensor b_pre, Optional masks, std::string cell, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Tensor feed0, Tensor h0, Optional c0,
+                                                           Tensors weights, Tensor keys, Tensor values, Tensor lengths,
+                                                           Optional w_query, Optional v, Tensor w_pre, Tensor b_pre,
+                                                           Optional masks, std::string cell, bool save) {
   return run_forward({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell}, save);
 }
 
@@ -193,12 +197,13 @@ Tensor like_if(bool wanted, const Tensor& like, const Optional& t, bool none) {
   return none ? zeros(like, sizes_of(*t)) : empty(like, sizes_of(*t));
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, Tensor gx, Tensor feed0, Tensor h0,
-                   Optional c0, Tensors weights, Tensor keys, Tensor values, Tensor lengths, Optional w_query, Optional v,
-                   Tensor w_pre, Tensor b_pre, Optional masks, Tensor out, Tensor alpha, Tensor reserve, std::string cell,
-                   bool need_sources, bool need_weights, bool need_masks) {
+                   Optional c0, Tensors weights, Tensor keys, Tensor values, Tensor lengths, Optional w_query,
+                   Optional v, Tensor w_pre, Tensor b_pre, Optional masks, Tensor out, Tensor alpha, Tensor reserve,
+                   std::string cell, bool need_sources, bool need_weights, bool need_masks) {
   Call call({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell});
   DecoderArgs& a = call.args;
   const Wanted want{cell, gx.scalar_type()};

@@ -1,5 +1,5 @@
-// What backward of the attention decoder sums over all steps and rows: dW = d^T x and db for each of its matrices, where
-// d are the stored gradients of what the matrix gave and x is what it multiplied. Sums run in the type of the
+// What backward of the attention decoder sums over all steps and rows: dW = d^T x and db for each of its matrices,
+// where d are the stored gradients of what the matrix gave and x is what it multiplied. Sums run in the type of the
 // accumulators, over blocks of rows so small that their x stays in L2, in a fixed order.
 #pragma once
 #include "decoder.h"
@@ -8,9 +8,10 @@ namespace seqkern { namespace SK_NS { namespace {
 
 template <class C, class S> struct DecoderSums : Decoder<C, S> {
   using Base = Decoder<C, S>;
-  using typename Base::Acc, typename Base::V;
+  using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::kept_h, Base::mask,
+      Base::wide_panels;
   using Base::kWidth, Base::kWideColumns, Base::kSkip, Base::Base;
-  using Base::a, Base::ldh, Base::ldk, Base::lda, Base::additive, Base::input, Base::kept_h, Base::mask, Base::wide_panels;
+  using typename Base::Acc, typename Base::V;
   static constexpr int kTile = tile_rows(kWide), kLeft = 8;
   static constexpr int64_t kBlockRows = 256;
   static constexpr bool kDirect = sizeof(S) == sizeof(Acc);  // no wider place is needed for the sums
@@ -32,8 +33,8 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
 
   enum Source { kFeed, kBefore, kBelow, kTop };
   struct Sum {
-    const Acc* left;   // [T*B][ld], the columns of this sum's rows from `left` on
-    int64_t ld, n;     // n columns of x
+    const Acc* left;  // [T*B][ld], the columns of this sum's rows from `left` on
+    int64_t ld, n;    // n columns of x
     int64_t per_group, groups;
     const int* order;  // the gate of each group of rows
     Source source;
@@ -49,8 +50,18 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
       const DecoderWeights& to = a.dweights[l];
       const Acc* from = s.grads + l * rows() * grad_ld();
       if (i % 2 == 0)
-        return {from, grad_ld(), input(l), a.hidden, C::kGates, C::kOrder, l ? kBelow : kFeed, l, (S*)to.w_x, (S*)to.b_x};
-      return {from + kSkip * a.hidden, grad_ld(), a.hidden, a.hidden, C::kGates, C::kOrderH, kBefore, l, (S*)to.w_hh, (S*)to.b_hh};
+        return {from,      grad_ld(),          input(l), a.hidden,   C::kGates,
+                C::kOrder, l ? kBelow : kFeed, l,        (S*)to.w_x, (S*)to.b_x};
+      return {from + kSkip * a.hidden,
+              grad_ld(),
+              a.hidden,
+              a.hidden,
+              C::kGates,
+              C::kOrderH,
+              kBefore,
+              l,
+              (S*)to.w_hh,
+              (S*)to.b_hh};
     }
     if (i == 2 * a.layers) return {s.pre, lda, a.hidden, a.vector, 1, kNone, kTop, 0, (S*)a.dw_pre, (S*)a.db_pre};
     return {s.query, ldk, a.hidden, a.key, 1, kNone, kTop, 0, (S*)a.dw_query, nullptr};
@@ -132,7 +143,8 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
       const Acc* masked = nullptr;
       if (m.source == kBelow && a.masks) {
         const S* factor = mask(t, m.layer - 1, b);
-        for (int64_t j = 0; j < m.n; j += kWidth) store(load(row + j, m.n - j) * load(factor + j, m.n - j), w.masked + j);
+        for (int64_t j = 0; j < m.n; j += kWidth)
+          store(load(row + j, m.n - j) * load(factor + j, m.n - j), w.masked + j);
         masked = w.masked;
       }
       for (int64_t p = 0; p < panels; ++p) {

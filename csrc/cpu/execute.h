@@ -12,9 +12,9 @@
 #include "memory.h"
 
 namespace seqkern {
-// Memory for one call's packed weights and buffers. Each calling thread keeps its last, up to a limit: memory fresh from
-// the system is cleared page by page, which took a third of the time of training at B=4 H=512. Pages of 2 MiB, because
-// translating addresses of 4 KiB pages halves the rate at which large weights are read.
+// Memory for one call's packed weights and buffers. Each calling thread keeps its last, up to a limit: memory fresh
+// from the system is cleared page by page, which took a third of the time of training at B=4 H=512. Pages of 2 MiB,
+// because translating addresses of 4 KiB pages halves the rate at which large weights are read.
 constexpr int64_t kMostKept = 64 << 20;
 struct Scratch {
   char* bytes = nullptr;
