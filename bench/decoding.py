@@ -71,7 +71,7 @@ class Decoding:
             input_feeding=case.attention == "bahdanau",
         )  # fmt: skip
         self.model = Seq2Seq(encoder, decoder).eval().requires_grad_(False)
-        decoder.out.bias.data[decoder.eos] = -10
+        decoder.out.bias.data[decoder.eos] = -1000  # a beam too goes on to the last step
         decoder.out.weight.data.mul_(4)  # so that no two tokens are all but equally likely
         source = torch.randint(30, (SOURCE, case.batch))
         self.memory, self.state = self.model.encode(source, torch.randint(SOURCE // 2, SOURCE + 1, (case.batch,)))
@@ -94,7 +94,9 @@ class Decoding:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "out" / "decoding.jsonl", help="append lines here")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "bench" / "out" / "decoding.jsonl", help="append lines here"
+    )
     parser.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those whose names hold one of these")
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--threads", type=int, help="for both sides (default: torch's own choice)")
@@ -113,7 +115,11 @@ def measure(case: Case, quick: bool) -> dict[str, object]:
         return line | {"wrong": f"{rows} of {case.batch} rows differ"}
     others = machine.Others()
     line |= timing.paired(problem.ours, problem.peer, timing.QUICK if quick else timing.FULL).summary()
-    return line | {"others": others.cores(), "us_step": line["ms"] * 1e3 / STEPS, "us_peer_step": line["peer_ms"] * 1e3 / STEPS}
+    return line | {
+        "others": others.cores(),
+        "us_step": line["ms"] * 1e3 / STEPS,
+        "us_peer_step": line["peer_ms"] * 1e3 / STEPS,
+    }
 
 
 def main(argv: list[str] | None = None, cases: Callable[[], list[Case]] = all_cases) -> int:
@@ -134,7 +140,9 @@ def main(argv: list[str] | None = None, cases: Callable[[], list[Case]] = all_ca
             progress.update(task, description=case.name)
             line = measure(case, options.quick)
             line |= where | {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+            file.write(
+                json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n"
+            )
             file.flush()
             wrong += "wrong" in line
             progress.console.print(sentence(line), markup=False)

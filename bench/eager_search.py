@@ -1,7 +1,7 @@
 """Greedy and beam search as they are usually written in PyTorch: a Python loop, some forty operations a token.
 
-Keys are projected once, states and source are tiled for a beam, hypotheses are cut and sorted with topk and gather as in
-OpenNMT-py and JoeyNMT. What they find is defined as seqkern's searches define it.
+Keys are projected once, states and source are tiled for a beam, hypotheses are cut and sorted with topk and gather as
+in OpenNMT-py and JoeyNMT. What they find is defined as seqkern's searches define it.
 """
 
 import torch

@@ -95,7 +95,9 @@ def test_attention_belongs_to_the_hypothesis(fused):
     for b, sentences in enumerate(found.sentences()):
         for n, tokens in enumerate(sentences):
             weights = teacher_forced(model, source[:, b], int(lengths[b]), [tokens])[1][0]
-            torch.testing.assert_close(found.attention[n, : len(tokens), b], weights[: len(tokens)], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                found.attention[n, : len(tokens), b], weights[: len(tokens)], atol=1e-4, rtol=1e-3
+            )
             torch.testing.assert_close(found.attention[n, : len(tokens), b].sum(-1), torch.ones(len(tokens)))
             assert not found.attention[n, len(tokens) :, b].any()
     assert found.lengths.max() > 1

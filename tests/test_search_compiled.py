@@ -39,7 +39,9 @@ def test_architectures(cell, layers, attention, feeding):
     check(model, *sources())
 
 
-@pytest.mark.parametrize("vocab, hidden, embedding", [(3, 1, 1), (40, 33, 5), (65, 64, 20), (129, 17, 65), (700, 50, 30)])
+@pytest.mark.parametrize(
+    "vocab, hidden, embedding", [(3, 1, 1), (40, 33, 5), (65, 64, 20), (129, 17, 65), (700, 50, 30)]
+)
 @pytest.mark.parametrize("attention, pre", [("none", None), ("none", 21), ("general", 35), ("bahdanau", 70)])
 def test_sizes(vocab, hidden, embedding, attention, pre):
     """Sizes below, at and beyond whole vectors and panels, without and with a pre-output layer."""

@@ -54,16 +54,23 @@ def test_operators_check_what_they_are_given():
     h, ids = torch.zeros(1, 2, 10), [0, 1, 2]
     lengths = torch.ones(2, dtype=torch.int64)
     program = make(attention="general").compile_search().program
-    keys = torch.zeros(2, 3, 10)
+    memory = torch.zeros(3, 2, 10)
     with pytest.raises(RuntimeError, match="packed must be what search_pack made"):
-        ops.search_greedy(torch.zeros(300, dtype=torch.uint8), None, keys, keys, lengths, h, None, None, ids, 5, False)
+        ops.search_greedy(torch.zeros(300, dtype=torch.uint8), None, memory, lengths, h, None, None, ids, 5, False)
     with pytest.raises(RuntimeError, match=re.escape("h0 must be [L, B, H] = [1, 2, 10], got [1, 3, 10]")):
-        ops.search_greedy(program.packed, None, keys, keys, lengths, h.new_zeros(1, 3, 10), None, None, ids, 5, False)
-    with pytest.raises(RuntimeError, match="needs both"):
-        ops.search_greedy(program.packed, None, keys, None, lengths, h, None, None, ids, 5, False)
+        ops.search_greedy(program.packed, None, memory, lengths, h.new_zeros(1, 3, 10), None, None, ids, 5, False)
+    with pytest.raises(RuntimeError, match="memory belongs to a decoder with attention"):
+        ops.search_greedy(program.packed, None, None, lengths, h, None, None, ids, 5, False)
+    with pytest.raises(RuntimeError, match="c0 belongs to the LSTM"):
+        ops.search_greedy(program.packed, None, memory, lengths, h, h, None, ids, 5, False)
     with pytest.raises(RuntimeError, match=re.escape("in [0, V) = [0, 11)")):
-        ops.search_greedy(program.packed, None, keys, keys, lengths, h, None, None, [0, 1, 11], 5, False)
-    with pytest.raises(RuntimeError, match="values must be"):
+        ops.search_greedy(program.packed, None, memory, lengths, h, None, None, [0, 1, 11], 5, False)
+    with pytest.raises(RuntimeError, match=re.escape("memory must be [S, B, M] = [3, 2, 10], got [3, 1, 10]")):
         ops.search_beam(
-            program.packed, None, keys, keys[:1], lengths, h, None, ids, [1, 1, 1, 0], 0.0, 0.0, False, False
+            program.packed, None, memory[:, :1], lengths, h, None, ids, [1, 1, 1, 0], 0.0, 0.0, False, False
         )
+    with pytest.raises(RuntimeError, match="beam, n_best and max_len must be at least 1"):
+        ops.search_beam(program.packed, None, memory, lengths, h, None, ids, [1, 0, 1, 0], 0.0, 0.0, False, False)
+    forced = torch.tensor([[1, 1], [-1, 11]])
+    with pytest.raises(RuntimeError, match="forced must hold tokens"):
+        ops.search_greedy(program.packed, None, memory, lengths, h, None, forced, ids, 1, False)

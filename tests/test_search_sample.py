@@ -81,9 +81,7 @@ def test_seed_and_place_decide():
     """The same generator draws the same again, and a row does not see the others."""
     model = make(30, 12).compile_search()
     source, lengths = sources(20, 5)
-    first, again, other = (
-        model.sample(source, lengths, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)
-    )
+    first, again, other = (model.sample(source, lengths, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert first.sentences() == again.sentences() != other.sentences()
     shorter = model.sample(source[:, :7], lengths[:7], generator=torch.Generator().manual_seed(3))
     assert shorter.sentences() == first.sentences()[:7]
@@ -94,7 +92,9 @@ def test_scores_are_the_models_own():
     """Whatever is drawn from, the score is log p at temperature 1 over all tokens."""
     model = make(20, 12, attention="general")
     source, lengths = sources(10, 5)
-    found = model.sample(source, lengths, max_len=4, temperature=3.0, top_k=5, generator=torch.Generator().manual_seed(1))
+    found = model.sample(
+        source, lengths, max_len=4, temperature=3.0, top_k=5, generator=torch.Generator().manual_seed(1)
+    )
     memory, state = model.encode(source, lengths)
     for b, ((tokens,), score) in enumerate(zip(found.sentences(), found.scores[0], strict=True)):
         given = torch.full((len(tokens) + 1, 10), BOS)

@@ -210,9 +210,12 @@ struct SearchCall {
   // Bytes of weights that a step reads.
   int64_t step_bytes() const { return packed.size(0) - (s.folded ? s.vocab * s.gates * s.hidden * (dtype == ScalarType::Float ? 4 : 8) : 0); }
 
-  // Rows of one loop: enough to use what is read of the weights well, and few enough to stay near with their states.
+  // Sources of one loop: enough rows to use what is read of the weights well, and few enough to stay near with their
+  // states, and with their keys and values within the scratch memory that is kept.
   static constexpr int64_t kRows = 192;
-  int64_t sources_at_once() const { return std::max<int64_t>(1, kRows / a.beam); }
+  int64_t sources_at_once() const {
+    return std::max<int64_t>(1, std::min(kRows / a.beam, kMostKept / kernel_of(s).scratch(a, 1, 1)));
+  }
 
   Results run() {
     if (a.batch) {
@@ -229,12 +232,12 @@ struct SearchCall {
   bool run_as_team(int threads) {
     const SearchKernel& kernel = kernel_of(s);
     Barrier barrier{};
-    Scratch& scratch = kept();
-    SearchPart part{0, a.batch, 0, threads, &barrier, scratch.take(kernel.scratch(a, a.batch, threads))};
+    Scratch own;
+    SearchPart part{0, a.batch, 0, threads, &barrier, memory_for(kernel.scratch(a, a.batch, threads), own)};
     return run_together(threads, [&](int tid) {
-      SearchPart own = part;
-      own.member = tid;
-      kernel.run(a, own);
+      SearchPart mine = part;
+      mine.member = tid;
+      kernel.run(a, mine);
     });
   }
   void run_apart(int64_t threads) {
@@ -242,15 +245,16 @@ struct SearchCall {
     const int64_t each = std::min(sources_at_once(), (a.batch + threads - 1) / threads), parts = (a.batch + each - 1) / each;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Barrier barrier{};
+      Scratch own;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * each, last = std::min(a.batch, first + each);
-        kernel.run(a, {first, last, 0, 1, &barrier, kept().take(kernel.scratch(a, last - first, 1))});
+        kernel.run(a, {first, last, 0, 1, &barrier, memory_for(kernel.scratch(a, last - first, 1), own)});
       }
     });
   }
-  static Scratch& kept() {
-    static thread_local Scratch scratch;
-    return scratch;
+  static char* memory_for(int64_t bytes, Scratch& own) {
+    static thread_local Scratch kept;
+    return (bytes <= kMostKept ? kept : own).take(bytes);
   }
 };
 

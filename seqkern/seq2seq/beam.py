@@ -81,11 +81,11 @@ def beam(decoder: Decoder, memory: Memory, state: State, options: BeamOptions) -
     places; a place that got no weight at all counts as the least normal number. Without attention there is no second
     part. The N best stay, of equals the shorter.
 
-    A source is done when nothing that lives can still come among its N best: as log p only falls, and the second part is
-    never positive, the best live log p over the penalty of the greatest length is a bound. So stopping changes nothing.
-    With early_stop it is also done when K hypotheses have ended, and as any hypothesis may end at any step, only those
-    are said to end there (1.) whose log p with eos is not below that of all K that live on: with a beam of one this is
-    the greedy search, where that one comes to its eos.
+    A source is done when nothing that lives can still come among its N best: as log p only falls, and the second part
+    is never positive, the best live log p over the penalty of the greatest length is a bound. So stopping changes
+    nothing. With early_stop it is also done when K hypotheses have ended, and as any hypothesis may end at any step,
+    only those are said to end there (1.) whose log p with eos is not below that of all K that live on: with a beam of
+    one this is the greedy search, where that one comes to its eos.
 
     Returns:
         Hypotheses, best first, with length -1 and score -inf where a source has fewer than N.

@@ -66,7 +66,10 @@ class Program:
             key = decoder.attention.key
             projections = [decoder.context.weight, *([] if key is None else [key.weight, key.bias])]
             sources = [self._cast(w) for w in projections if w is not None]
-        pre, out = ([] if part is None else [self._cast(part.weight), self._cast(part.bias)] for part in (decoder.pre, decoder.out))
+        pre, out = (
+            [] if part is None else [self._cast(part.weight), self._cast(part.bias)]
+            for part in (decoder.pre, decoder.out)
+        )
         layers = [w_hh, b_hh, *(w for layer in above for w in layer)]
         self.packed = torch.ops.seqkern.search_pack(
             table, w_ih, b_ih, layers, sources, query, pre, out, decoder.mode, kind, size
@@ -98,9 +101,7 @@ class Program:
             return given.clone()
         forced = given.masked_fill(own, -1)
         forced[0] = given[0]
-        found = torch.ops.seqkern.search_greedy(
-            *self._given(memory, state), forced, self.ids, given.size(0) - 1, False
-        )
+        found = torch.ops.seqkern.search_greedy(*self._given(memory, state), forced, self.ids, given.size(0) - 1, False)
         return torch.cat([given[:1], found[0][0]])
 
 

@@ -41,9 +41,7 @@ class Searches:
         attention: bool = False,
     ) -> Hypotheses:
         """The n_best best of the hypotheses that a beam finds; see `beam.beam` for what each argument does."""
-        options = BeamOptions(
-            beam, n_best, max_len, min_len, length_penalty, coverage_penalty, early_stop, attention
-        )
+        options = BeamOptions(beam, n_best, max_len, min_len, length_penalty, coverage_penalty, early_stop, attention)
         return self._found("beam", source, lengths, options)
 
     def sample(
