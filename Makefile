@@ -61,9 +61,11 @@ $(VENV)/installed.stamp: $(VENV)/torch.spec
 	@$(PY) -c 'import torch; print("installed torch", torch.__version__, "for CUDA " + torch.version.cuda if torch.version.cuda else "for the CPU")'
 	@touch $@
 
-# g2p-en: only the weights in its wheel are used; what it depends on would download data.
+# g2p-en, aeon, pmdarima: only files in their wheels are used, weights and data of examples; what they depend on is
+# heavy, or would download data. Without the last two, tests of the examples are skipped.
 $(VENV)/built.stamp: $(VENV)/installed.stamp $(SOURCES)
 	$(PY) -m pip install --quiet --no-deps g2p-en
+	$(PY) -m pip install --quiet --no-deps --only-binary :all: aeon pmdarima || echo "no data for two of the examples"
 	@echo "building seqkern: a minute or more"
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,bench]'
 	@touch $@

@@ -5,7 +5,10 @@
 
 Writes NAME.png and NAME.md beside the first NAME.jsonl. With --readme it also replaces what stands between the markers
 in README.md; nothing else writes numbers there, and lines of a --quick run or without the extension are refused.
-Lines of a GPU have a table, a page and markers of their own.
+Lines of a GPU have a table, a page and markers of their own, and so have the results of bench/attention.py,
+bench/decoding.py and `examples/g2p.py evaluate`:
+
+    python bench/report.py bench/results --readme
 """
 
 import argparse
@@ -16,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
 
-from bench import gpu_summary  # noqa: E402
+from bench import gpu_summary, seq2seq_summary  # noqa: E402
 from bench.sources import ROOT, csrc_hash  # noqa: E402
 from bench.summary import (  # noqa: E402
     COLUMNS,
@@ -34,6 +37,7 @@ from bench.terminal import Console, Table  # noqa: E402
 
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- /results -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: written by bench/report.py -->", "<!-- /gpu -->"
+SEQ2SEQ_BEGIN, SEQ2SEQ_END = "<!-- seq2seq: written by bench/report.py -->", "<!-- /seq2seq -->"
 COLORS = {"win": "green", "even": "yellow", "loss": "red", "wrong": "bold white on red"}
 MARKS = {"win": "", "even": " ~", "loss": " slower", "wrong": " WRONG"}
 
@@ -239,13 +243,30 @@ def report_gpu(lines: Sequence[Line], base: Path, readme: Path | None, console: 
     return "\n\n".join(sections)
 
 
+def report_seq2seq(folder: Path, readme: Path | None, console: Console) -> int:
+    """Prints the Seq2Seq part of the README, and puts it there. Returns 0, or 2 if there is nothing to report."""
+    try:
+        section = seq2seq_summary.section(folder, csrc_hash())
+    except ValueError as broken:
+        section, why = "", str(broken)
+    else:
+        why = f"{folder}: no results of bench/attention.py, bench/decoding.py or g2p"
+    console.print(section or why, markup=False)
+    if section and readme:
+        readme.write_text(replace_between_markers(readme.read_text(), section, SEQ2SEQ_BEGIN, SEQ2SEQ_END))
+        console.print(f"updated: {readme}", markup=False)
+    return 0 if section else 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 if a result was wrong, 2 if there is nothing to report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", nargs="+", type=Path, help="files of JSON lines")
+    parser.add_argument("json", nargs="+", type=Path, help="files of JSON lines; a folder: its Seq2Seq results")
     parser.add_argument("--readme", nargs="?", type=Path, const=ROOT / "README.md", help="update the table in it")
     options = parser.parse_args(argv)
     console = Console(soft_wrap=True, highlight=False, width=max(140, Console().width))  # a case must stay legible
+    if options.json[0].is_dir():
+        return report_seq2seq(options.json[0], options.readme, console)
     try:
         lines = read(options.json)
     except (OSError, ValueError) as unreadable:

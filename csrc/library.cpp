@@ -1,5 +1,5 @@
 // The table of contents of the C++ side: the module and every operator's schema.
-// Python adds fake kernels, autograd and autocast in seqkern/ops.py, in this order.
+// Python adds fake kernels, autograd and autocast in seqkern/ops.py (and seqkern/seq2seq/ops.py), in this order.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -32,6 +32,30 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
+  // Recurrent layers with attention and input feeding over a whole target: seqkern/seq2seq/reference.py.
+  m.def("attention_decoder(Tensor gx, Tensor feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
+        " Tensor values, Tensor lengths, Tensor? w_query, Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks,"
+        " str cell, bool save) -> (Tensor a, Tensor h_n, Tensor c_n, Tensor alpha, Tensor reserve)");
+  // What is not needed or not there comes back empty.
+  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor feed0,"
+        " Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor? w_query,"
+        " Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks, Tensor a, Tensor alpha, Tensor reserve, str cell,"
+        " bool need_sources, bool need_weights, bool need_masks) -> (Tensor dgx, Tensor dfeed0, Tensor dh0, Tensor dc0,"
+        " Tensor[] dweights, Tensor dkeys, Tensor dvalues, Tensor dw_query, Tensor dv, Tensor dw_pre, Tensor db_pre,"
+        " Tensor dmasks)");
+  // Searches, the whole loop: seqkern/seq2seq/compiled.py. `packed` holds a decoder's weights, opaque.
+  m.def("search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensor[] layers, Tensor[] sources, Tensor[] query,"
+        " Tensor[] pre, Tensor[] out, str cell, str attention, int embedding) -> Tensor packed");
+  m.def("search_greedy(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
+        " Tensor? c0, Tensor? forced, int[] ids, int max_len, bool attention)"
+        " -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
+  m.def("search_sample(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
+        " Tensor? c0, Tensor seed, int[] ids, int max_len, float temperature, int top_k, float top_p)"
+        " -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
+  m.def("search_beam(Tensor packed, Tensor? embedding, Tensor? memory, Tensor lengths, Tensor h0,"
+        " Tensor? c0, int[] ids, int[] options, float length_penalty, float coverage_penalty, bool early_stop,"
+        " bool attention) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
+  m.def("_search_scratch(Tensor packed, int sources, int places, int beam) -> int");
   // A mask like `like` of the given size: `value` with probability p, else 0. Definition: seqkern/masks.py.
   m.def("_cpu_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build

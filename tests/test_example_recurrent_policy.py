@@ -1,4 +1,4 @@
-"""examples/recurrent_policy.py: with resets in one call, the same episodes as a loop over steps."""
+"""examples/recurrent_policy.py: with resets in one call, the same episodes as a loop over steps, and longer ones."""
 
 import importlib.util
 from pathlib import Path
@@ -35,3 +35,8 @@ def test_advantages_of_a_short_stretch():
             following = 0.0 if k == end else values[k + 1, b]
             total = 1 + policy.GAMMA * following - values[k, b] + policy.GAMMA * policy.LAMBDA * total
         torch.testing.assert_close(s.advantages[t, b], torch.as_tensor(total))
+
+
+def test_it_learns():
+    lengths = policy.train(policy.InOneCall, 7, 128, 16, 32, seed=0).lengths
+    assert lengths[-1] > 1.7 * lengths[0], lengths

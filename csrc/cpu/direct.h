@@ -28,8 +28,9 @@ template <int kCount, class T> SK_INL Pack<T> sum_lanes(Pack<T>* x) {
   }
 }
 
-// Lane i: the dot product of row [k] with w + i * k [k], for i < n; 0 beyond.
-template <class A, class S> SK_INL Pack<typename AccOf<S>::Type> dots(const A* row, const S* w, int64_t n, int64_t k) {
+// Lane i: the dot product of row [k] with w + i * ld [k], for i < n; 0 beyond.
+template <class A, class S>
+SK_INL Pack<typename AccOf<S>::Type> dots(const A* row, const S* w, int64_t n, int64_t k, int64_t ld) {
   using V = Pack<typename AccOf<S>::Type>;
   constexpr int kWidth = V::kWidth;
   V sums[kWidth];
@@ -38,20 +39,24 @@ template <class A, class S> SK_INL Pack<typename AccOf<S>::Type> dots(const A* r
     int64_t j = 0;
     for (; j + kWidth <= k; j += kWidth) {
       V x = load(row + j);
-      for (int i = 0; i < kWidth; ++i) sums[i].v += x.v * load(w + i * k + j).v;
+      for (int i = 0; i < kWidth; ++i) sums[i].v += x.v * load(w + i * ld + j).v;
     }
     if (j < k) {
       V x = load(row + j, k - j);
-      for (int i = 0; i < kWidth; ++i) sums[i].v += x.v * load(w + i * k + j, k - j).v;
+      for (int i = 0; i < kWidth; ++i) sums[i].v += x.v * load(w + i * ld + j, k - j).v;
     }
   } else {
     for (int64_t j = 0; j < k; j += kWidth) {
       V x = load(row + j, k - j);
       for (int i = 0; i < kWidth; ++i)
-        if (i < n) sums[i].v += x.v * load(w + i * k + j, k - j).v;
+        if (i < n) sums[i].v += x.v * load(w + i * ld + j, k - j).v;
     }
   }
   return sum_lanes<kWidth>(sums);
+}
+
+template <class A, class S> SK_INL Pack<typename AccOf<S>::Type> dots(const A* row, const S* w, int64_t n, int64_t k) {
+  return dots(row, w, n, k, k);
 }
 
 // As multiply() on a cell's packed weights (team.h), but on w [G*H, k] itself, one row at a time.

@@ -35,13 +35,20 @@
 #define SK_BUILT(X) X(generic) SK_AVX2(X) SK_AVX512(X) SK_AVX512_BF16(X) SK_AMX_(X)
 
 namespace seqkern {
-#define SK_DECLARE(isa) namespace isa { extern const CpuKernels kKernels; }
+#define SK_DECLARE(isa)                        \
+  namespace isa {                              \
+  extern const CpuKernels kKernels;            \
+  extern const DecoderKernels kDecoderKernels; \
+  extern const SearchKernels kSearchKernels;   \
+  }
 SK_BUILT(SK_DECLARE)
 
 namespace {
 struct Isa {
   const char* name;
   const CpuKernels* kernels;
+  const DecoderKernels* decoder;
+  const SearchKernels* search;
 };
 
 #if defined(__x86_64__)
@@ -74,7 +81,7 @@ bool can_run(const std::string& isa) {
 std::vector<Isa> runnable() {
   std::vector<Isa> found;
 #define SK_LIST(isa) \
-  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels});
+  if (can_run(#isa)) found.push_back({#isa, &isa::kKernels, &isa::kDecoderKernels, &isa::kSearchKernels});
   SK_BUILT(SK_LIST)
   return found;
 }
@@ -106,4 +113,6 @@ std::string cpu_isas() {
 }
 
 const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
+const DecoderKernels& decoder_kernels() { return *chosen_isa().decoder; }
+const SearchKernels& search_kernels() { return *chosen_isa().search; }
 }  // namespace seqkern

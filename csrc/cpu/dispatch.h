@@ -2,10 +2,14 @@
 #pragma once
 #include <string>
 #include "../core/args.h"
+#include "../core/decoder_args.h"
+#include "../core/search_args.h"
 
 namespace seqkern {
 // The fastest that this CPU runs, or the one that SEQKERN_CPU_ISA names (generic, avx2, avx512, avx512_bf16). Chosen
 // once; a name that is unknown or that this CPU cannot run is an error.
 const CpuKernels& cpu_kernels();
+const DecoderKernels& decoder_kernels();
+const SearchKernels& search_kernels();
 std::string cpu_isas();  // those that this CPU can run, best last, separated by spaces
 }

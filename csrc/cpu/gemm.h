@@ -52,15 +52,18 @@ template <class A> struct TileArgs {
   const typename AccOf<A>::Type* init;  // [kVectors * width] added to every row, or null
   typename AccOf<A>::Type* c;           // [rows][kVectors * width], dense
   bool add;                             // to what c holds
+  const A* ahead = nullptr;             // where a vector of every k of the panel after this one begins
 };
 
 // Vectors kFirst to kFirst + kTake of the columns.
-template <int kRows, int kVectors, int kFirst = 0, int kTake = kVectors, class A> void tile(const TileArgs<A>& t) {
+// kSame: a row's sums do not depend on how many rows there are.
+template <int kRows, int kVectors, bool kSame, int kFirst = 0, int kTake = kVectors, class A>
+void tile(const TileArgs<A>& t) {
   using Acc = typename AccOf<A>::Type;
   using V = Pack<Acc>;
   constexpr int kColumns = kVectors * V::kWidth;
   // One row has too few independent sums to keep the multipliers busy: even and odd k are summed apart.
-  constexpr int kChains = kRows == 1 ? 2 : 1;
+  constexpr int kChains = kRows == 1 && !kSame ? 2 : 1;
   V c[kChains][kRows][kTake];
   for (int v = 0; v < kTake; ++v) {
     V first = t.init ? load(t.init + (kFirst + v) * V::kWidth) : V(0);
@@ -79,6 +82,12 @@ template <int kRows, int kVectors, int kFirst = 0, int kTake = kVectors, class A
         for (int v = 0; v < kTake; ++v)
           multiply_add(c[half][0][v], a + half * step, b + (half * kColumns + v * V::kWidth) * kPair<A>);
   }
+  if (kSame && t.ahead)
+    for (const A* ahead = t.ahead; k > 0; --k, a += step, b += kColumns * kPair<A>, ahead += kColumns * kPair<A>) {
+      __builtin_prefetch(ahead, 0, 2);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kTake; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
+    }
   for (; k > 0; --k, a += step, b += kColumns * kPair<A>) {
     // One page of B ahead, at whose end the hardware's prefetcher stops: worth 8 % where B comes from the outer cache.
     for (int v = 0; v < kTake; ++v) __builtin_prefetch(b + (16 * kVectors + v) * V::kWidth * kPair<A>);
@@ -93,38 +102,38 @@ template <int kRows, int kVectors, int kFirst = 0, int kTake = kVectors, class A
     }
 }
 
-template <int kRows, int kVectors, class A> SK_INL void tile_passes(const TileArgs<A>& t) {
+template <int kRows, int kVectors, bool kSame, class A> SK_INL void tile_passes(const TileArgs<A>& t) {
   if constexpr (kRows > tile_rows(kVectors)) {
     __builtin_unreachable();
   } else if constexpr (two_passes(kVectors) && kRows > 3) {
-    tile<kRows, kVectors, 0, 2>(t);
-    tile<kRows, kVectors, 2, 2>(t);
+    tile<kRows, kVectors, kSame, 0, 2>(t);
+    tile<kRows, kVectors, kSame, 2, 2>(t);
   } else {
-    tile<kRows, kVectors>(t);
+    tile<kRows, kVectors, kSame>(t);
   }
 }
-template <int kVectors, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
+template <int kVectors, bool kSame, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
   switch (rows) {
-    case 1: return tile_passes<1, kVectors>(t);
-    case 2: return tile_passes<2, kVectors>(t);
-    case 3: return tile_passes<3, kVectors>(t);
-    case 4: return tile_passes<4, kVectors>(t);
-    case 5: return tile_passes<5, kVectors>(t);
-    case 6: return tile_passes<6, kVectors>(t);
-    case 7: return tile_passes<7, kVectors>(t);
-    case 8: return tile_passes<8, kVectors>(t);
+    case 1: return tile_passes<1, kVectors, kSame>(t);
+    case 2: return tile_passes<2, kVectors, kSame>(t);
+    case 3: return tile_passes<3, kVectors, kSame>(t);
+    case 4: return tile_passes<4, kVectors, kSame>(t);
+    case 5: return tile_passes<5, kVectors, kSame>(t);
+    case 6: return tile_passes<6, kVectors, kSame>(t);
+    case 7: return tile_passes<7, kVectors, kSame>(t);
+    case 8: return tile_passes<8, kVectors, kSame>(t);
   }
 }
 // A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions.
 constexpr int64_t kLongest = 256;
-template <int kVectors, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
-  if (t.k <= kLongest * 3 / 2) return tile_rows_of<kVectors>(rows, t);
+template <int kVectors, bool kSame = false, class A> __attribute__((noinline)) void tile_any(int rows, const TileArgs<A>& t) {
+  if (t.k <= kLongest * 3 / 2) return tile_rows_of<kVectors, kSame>(rows, t);
   const int64_t blocks = (t.k + kLongest - 1) / kLongest;
   constexpr int64_t kRow = kVectors * Pack<typename AccOf<A>::Type>::kWidth * kPair<A>;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t k0 = t.k * i / blocks, k1 = t.k * (i + 1) / blocks;
     Left<A> a{t.a.rows + k0 * t.a.step, t.a.row, t.a.step};
-    tile_rows_of<kVectors>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, i > 0});
+    tile_rows_of<kVectors, kSame>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, i > 0, t.ahead ? t.ahead + k0 * kRow : nullptr});
   }
 }
 
@@ -189,7 +198,7 @@ template <class S> struct Panels {
 
 // C = A B over `rows` rows and the panels [first, last_panel); done(panel, row, rows, tile) is called for each tile, whose
 // values stand dense in L1. The vector unit's rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
-template <int kVectors, class S, class Done>
+template <int kVectors, bool kSame = false, class S, class Done>
 SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t first, int64_t last_panel,
                      const typename AccOf<S>::Type* init, const Done& done) {
   using A = typename OperandOf<S>::Type;
@@ -228,7 +237,9 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
   for (int64_t p = first; p < last_panel; ++p)
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
-      tile_any<kVectors>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false});
+      // The tiles of a panel bring in the next one, a vector of each k each: only the first would wait for it otherwise.
+      const A* ahead = kSame && tiles > 1 && i < kVectors && p + 1 < last_panel ? b.panel(p + 1) + i * b.kWidth * kPair<A> : nullptr;
+      tile_any<kVectors, kSame>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false, ahead});
       done(p, r0, int(r1 - r0), c);
     }
 }

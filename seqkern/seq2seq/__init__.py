@@ -3,7 +3,7 @@
 from .attention import Attention
 from .decoder import Decoder
 from .encoder import Bridge, Encoder, Memory
-from .model import Seq2Seq
+from .model import CompiledSearch, Seq2Seq
 from .search import Hypotheses
 
-__all__ = ["Attention", "Bridge", "Decoder", "Encoder", "Hypotheses", "Memory", "Seq2Seq"]
+__all__ = ["Attention", "Bridge", "CompiledSearch", "Decoder", "Encoder", "Hypotheses", "Memory", "Seq2Seq"]

@@ -55,5 +55,5 @@ class Attention(nn.Module):
 
 def project(memory: Memory, attention: Attention, context: nn.Linear) -> Sources:
     """Keys and values of a memory, batch-major; `context` [A, M] is the pre-output layer's part for the context."""
-    values = memory.values.transpose(0, 1)
+    values = memory.values.transpose(0, 1).contiguous()  # copied once, not by each product forward and backward
     return Sources(attention.keys(values), context(values), memory.lengths)

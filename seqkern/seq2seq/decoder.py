@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 
-from . import reference
+from .. import functional
+from . import ops, reference
 from .attention import KINDS, Attention, project
 from .encoder import Memory, check_tokens, layer_class
 
@@ -37,7 +38,7 @@ class Decoder(nn.Module):
         input_feeding: feed a_{t-1} back; needs attention.
         pre_output: A, the size of the attentional vector; None: H with attention, and no such layer without.
         dropout: the probability of a zero in the embedded tokens, between layers, and in what the output layer reads.
-        tied: the output layer's weights are the embedding's (Press and Wolf 2017); E must be A (or H without that layer).
+        tied: the output layer's weights are the embedding's (Press and Wolf 2017); E must be A (H without that layer).
         pad, bos, eos: ids of padding (never written by a search), of what begins a target, and of what ends it.
 
     Raises:
@@ -109,8 +110,8 @@ class Decoder(nn.Module):
         return [flat[4 * layer : 4 * layer + 4] for layer in range(self.num_layers)]
 
     def split_weights(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The bottom layer's weights for the embedding, its b_ih, and the other weights as `reference.attention_decoder`
-        takes them; without input feeding its w_feed is empty."""
+        """The bottom layer's weights for the embedding, its b_ih, and the other weights in the order of
+        `reference.attention_decoder`; without input feeding its w_feed is empty."""
         (w_ih, w_hh, b_ih, b_hh), *above = self._weights()
         size = self.embedding.embedding_dim
         return w_ih[:, :size], b_ih, [w_ih[:, size:], w_hh, b_hh, *(w for layer in above for w in layer)]
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
     def vectors(
         self, given: Tensor, memory: Memory, state: State, feed: Tensor | None = None
     ) -> tuple[Tensor, Carry, Tensor | None]:
-        """What the output layer reads, [T, B, A or H], what a next call goes on with, and the weights [T, B, S] or None.
+        """What the output layer reads [T, B, A or H], what a next call goes on with, the weights [T, B, S] or None.
 
         Args: as in `forward`; feed: [B, A], zeros where None.
         """
@@ -204,4 +205,7 @@ class Decoder(nn.Module):
 
 def run_attention_decoder(*args) -> Sequence[Tensor]:
     """`reference.attention_decoder`, on the fused operator where there is one: the only place that chooses."""
-    return reference.attention_decoder(*args)
+    gx, lengths = args[0], args[7]
+    if gx.device.type != "cpu" or not functional.has_kernel(gx.device, gx.dtype) or functional.transformed():
+        return reference.attention_decoder(*args)
+    return ops.run(*args[:7], lengths.cpu(), *args[8:])

@@ -29,7 +29,7 @@ def check_tokens(name: str, tokens: Tensor, dims: int, vocab: int) -> None:
 
 
 class Memory(NamedTuple):
-    """What an encoder hands on. Shapes: S source steps, B batch, D directions, L layers, H the encoder's hidden size."""
+    """What an encoder hands on. Shapes: S source steps, B batch, D directions, L layers, H its hidden size."""
 
     values: Tensor  # [S, B, D*H]: the top layer's outputs; zeros from a row's length on
     lengths: Tensor  # [B] int64

@@ -85,7 +85,7 @@ def attention_decoder(
     masks: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A stack of recurrent layers with attention and input feeding over a whole target (Luong et al. 2015, section 3.3).
+    """Recurrent layers with attention and input feeding over a whole target (Luong et al. 2015, section 3.3).
 
     At step t, with a_0 = feed0: the bottom layer reads gx_t + w_feed a_{t-1}, each further layer the h below it (times
     its mask); the top layer's h is the query; a_t = tanh(w_pre h + sum_s alpha_ts values_s + b_pre).
