@@ -13,7 +13,7 @@ import g2p  # noqa: E402
 from g2p_tool import files  # noqa: E402
 from g2p_tool.data import Dictionary, read_dictionary  # noqa: E402
 
-MODEL = ["--hidden", "16", "--embedding", "8", "--dropout", "0.3", "--threads", "1"]
+MODEL = ["--layers", "1", "--hidden", "16", "--embedding", "8", "--dropout", "0.3", "--threads", "1"]
 TINY = [*MODEL, "--batch", "32", "--validate-words", "20", "--log-every", "1"]
 FIRST, COUNT = 40_000, 400  # entries of the dictionary's middle
 

@@ -48,7 +48,7 @@ def same_states(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize("minutes", ["0", "9"])
-@pytest.mark.parametrize("model", [[], ["--cell", "lstm", "--layers", "2", "--input-feeding"]])
+@pytest.mark.parametrize("model", [["--cell", "gru", "--bf16"], ["--layers", "2", "--input-feeding", "--no-bf16"]])
 def test_a_resumed_training_is_bit_for_bit_an_uninterrupted_one(tmp_path, crash, model, minutes):
     """With a checkpoint after every step, and with the one of the start only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -103,6 +103,19 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert 5 <= step < 80 and len(log(parts)) == step
     assert train(parts, "--resume") == train(whole, *options) == 0
     assert log(parts) == log(whole)
+
+
+@pytest.mark.parametrize(
+    ("isa", "options", "used"),
+    [("amx", [], True), ("avx512", [], False), ("avx2", ["--bf16"], True), ("amx", ["--no-bf16"], False)],
+)
+def test_bf16_is_used_where_the_cpu_has_it(tmp_path, monkeypatch, isa, options, used):
+    monkeypatch.setattr("g2p_tool.train.isa", lambda: isa)
+    assert train(tmp_path, *TINY, "--steps", "2", *options) == 0
+    assert files.load(tmp_path / "last.pt")["settings"]["bf16"] is used
+    monkeypatch.setattr("g2p_tool.train.isa", lambda: "another machine's")
+    assert train(tmp_path, "--resume") == 0
+    assert files.load(tmp_path / "last.pt")["settings"]["bf16"] is used
 
 
 def test_the_best_model_is_kept(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from g2p_tool.train import SETTINGS
 from g2p_tool.training import Training, learning_rate, loss_of
 
 WORDS = ["network", "a", "sequence", "o'clock", "memory"]
-SMALL = SETTINGS | {"hidden": 8, "embedding": 8, "dropout": 0.0}
+SMALL = SETTINGS | {"layers": 1, "hidden": 8, "embedding": 8, "dropout": 0.0}
 MODELS = [
     {"cell": "gru"},
     {"cell": "lstm", "layers": 2, "attention": "bahdanau", "input_feeding": True},
@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(pairs):
 def test_a_trained_model_says_its_words(settings):
     words = ["night", "knight", "cell", "time", "gate", "layer"]
     dictionary = {word: everything()[word][:1] for word in words}
-    size = {"hidden": 32, "embedding": 32, "batch": 6, "steps": 120, "lr": 2e-2, "warmup": 10, "ema": 0.8}
+    size = {"layers": 1, "hidden": 32, "embedding": 32, "batch": 6, "steps": 120, "lr": 2e-2, "warmup": 10, "ema": 0.8}
     training = Training(SETTINGS | size | settings | {"dropout": 0.1}, Pairs(words, dictionary))
     losses = [training.advance() for _ in range(120)]
     assert losses[-1] < losses[0] / 3

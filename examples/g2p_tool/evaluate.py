@@ -73,8 +73,8 @@ def measure(folder: Path, beam: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, WER and PER of this model and of published ones, the worst first."""
-    minutes, size = results["train_seconds"] / 60, results["params"] / 1e6
-    name = f"this model, {size:.2f} M parameters, {minutes:.3g} minutes on {results['train_threads']} threads"
+    minutes, size, threads = results["train_seconds"] / 60, results["params"] / 1e6, results["train_threads"]
+    name = f"this model, {size:.2f} M parameters, {minutes:.3g} minutes on {threads} thread{'s' * (threads != 1)}"
     rows = [
         (f"{name}, greedy", results["wer_greedy"], f"{results['per']:.2f}"),
         (f"{name}, beam {results['beam']}", results["wer_beam"], f"{results['per_beam']:.2f}"),

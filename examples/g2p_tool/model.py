@@ -14,9 +14,9 @@ from seqkern.seq2seq import Decoder, Encoder, Seq2Seq
 CELLS = ("gru", "lstm", "rnn")
 ATTENTIONS = ("general", "dot", "bahdanau", "concat", "none")
 MODEL_SETTINGS = {
-    "cell": "gru",
-    "layers": 1,
-    "hidden": 256,
+    "cell": "lstm",
+    "layers": 2,
+    "hidden": 192,
     "embedding": 128,
     "attention": "general",
     "input_feeding": False,

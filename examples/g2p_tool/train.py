@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.machine import isa
 from bench.sources import commit
 from g2p_tool import files
 from g2p_tool.data import Dictionary, Pairs, read_dictionary, split
@@ -22,6 +23,7 @@ SETTINGS = MODEL_SETTINGS | TRAIN_SETTINGS | {"validate_words": 2000, "validate_
 POSITIVE = {"layers", "hidden", "embedding", "batch", "epochs", "steps", "lr", "clip"}
 POSITIVE |= {"validate_words", "log_every", "threads"}
 NOT_NEGATIVE = ("warmup", "validate_every", "save_minutes")
+BF16_ISAS = ("avx512_bf16", "amx")
 SHARES = ("dropout", "smoothing", "ema")
 
 
@@ -37,7 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=float, help=f"largest norm of the gradient, default {SETTINGS['clip']:g}")
     parser.add_argument("--smoothing", type=float, help=f"of the labels, default {SETTINGS['smoothing']}")
     parser.add_argument("--ema", type=float, help=f"averaging of the weights, default {SETTINGS['ema']}")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="autocast to bfloat16; default: where the CPU has it"
+    )
     parser.add_argument("--seed", type=int, help=f"default {SETTINGS['seed']}")
     parser.add_argument("--validate-words", type=int, help=f"default {SETTINGS['validate_words']}")
     parser.add_argument("--validate-every", type=int, help="steps; default: an epoch")
@@ -191,7 +195,10 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | No
     if not args.resume:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{args.out} holds a training: go on with --resume, or drop it with --overwrite")
-        return SETTINGS | given, None
+        settings = SETTINGS | given
+        if settings["bf16"] is None:
+            settings["bf16"] = isa() in BF16_ISAS
+        return settings, None
     if not path.exists():
         raise ValueError(f"--resume wants a checkpoint {path}, which is not there")
     state = files.load(path)

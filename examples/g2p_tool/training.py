@@ -13,7 +13,7 @@ from g2p_tool.model import build
 
 TRAIN_SETTINGS = {
     "batch": 128,
-    "epochs": 8.0,
+    "epochs": 6.0,
     "steps": None,  # overrides epochs
     "lr": 2e-3,
     "warmup": 200,
@@ -21,7 +21,7 @@ TRAIN_SETTINGS = {
     "clip": 1.0,
     "smoothing": 0.1,
     "ema": 0.999,
-    "bf16": False,
+    "bf16": None,  # where the CPU computes in it
     "seed": 0,
 }
 
@@ -84,7 +84,7 @@ class Training:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings["bf16"]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.settings["bf16"])):
             loss = loss_of(self.model, batch, self.settings["smoothing"])
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["clip"])
