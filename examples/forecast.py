@@ -107,6 +107,12 @@ def truth(series: Series, origins: Tensor) -> Tensor:
     return series.demand[origins.unsqueeze(1) + torch.arange(1, AHEAD + 1)]
 
 
+def watched_origins(series: Series) -> Tensor:
+    """Every two hours of the week before the test part."""
+    end = len(series.demand) - TEST
+    return torch.arange(end - WATCH - 1, end - AHEAD, 4)
+
+
 def errors(forecasts: Tensor, series: Series, origins: Tensor) -> Tensor:
     """Mean absolute percentage error at each of the 48 horizons."""
     wanted = truth(series, origins)
@@ -122,7 +128,9 @@ def scores(forecasts: Tensor, series: Series, origins: Tensor) -> dict[str, str]
 
 def plot(runs: list[common.Run], series: Series, origins: Tensor, path: str) -> None:
     """The error while training; three days' forecasts, each made at midnight; the error by horizon."""
-    figure, axes = common.figure(runs, "MAPE in the week before the test, %", 2)
+    watched = watched_origins(series)
+    naive = float(errors(same_last(series, watched, WEEK), series, watched).mean())
+    figure, axes = common.figure(runs, "MAPE in the week before the test, %", 2, ("a week before", naive))
     midnights = len(series.demand) - TEST - 1 + DAY * torch.arange(4, 7)  # the test part starts on a Monday
     hours, ahead = torch.arange(len(midnights) * DAY) / 2, torch.arange(1, AHEAD + 1) / 2
     axes[1].plot(hours, truth(series, midnights).flatten() / 1000, color="#bbbbbb", linewidth=4, label="truth")
@@ -147,7 +155,7 @@ def main() -> None:
     a = common.parse(parser)
     series = prepare(read())
     end = len(series.demand)
-    watched = torch.arange(end - TEST - WATCH - 1, end - TEST - AHEAD, 4)
+    watched = watched_origins(series)
     origins = torch.arange(end - TEST - 1, end - AHEAD)
     runs = []
     for cell in a.cell:

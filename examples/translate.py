@@ -10,8 +10,8 @@ stand in the training part too, in either language, are left out: the Bible repe
 these words, greedy and with a beam. The baseline answers with the English of the most similar Spanish verse that
 training has.
 
-A bidirectional encoder, Luong's general attention, a decoder: `seqkern.seq2seq`. A few minutes of training on a few
-thousand verses give a rough translation, and a clear alignment: see the heat map.
+A bidirectional encoder, Luong's general attention, a decoder: `seqkern.seq2seq`. A few minutes on a few thousand verses
+do not make a translator; they show the parts at work, and the heat map where the decoder looks as it writes.
 
 Needs: pip install pysword sacrebleu tqdm matplotlib, and the two modules above; without root:
     apt-get download sword-text-sparv sword-text-web && for f in sword-text-*.deb; do dpkg -x $f bibles; done

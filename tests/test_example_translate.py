@@ -98,8 +98,7 @@ def test_a_toy_language(task, cell, tmp_path):
     model = example.make_model(cell, len(task.spanish), len(task.english), 48, 32)
     run = common.train(cell, model, task.batches(32, 0), example.loss_of, right, 150, rate=1e-2)
     assert run.curve[-1][1] > 0.6, run.curve
-    if hasattr(model, "beam"):
-        assert right(model, 3) > 0.6
+    assert right(model, 3) > 0.6
     pytest.importorskip("matplotlib")
     example.plot([run], task, fresh[0], str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
