@@ -61,7 +61,7 @@ def layer(
         groups = reference.split_weights([w.to(wide) for w in weights], bidirectional)
         extra = [Extra(*(None if t is None else t.to(wide) for t in e)) for e in o.extra] or [Extra()] * len(groups)
         params, flags = _params(cell, groups, extra, o)
-        masks = [None if (m := getattr(o, name)) is None else m.to(wide) for name in MASKS]
+        masks = [None if m is None else m.to(wide) for m in (o.keep, o.h_mask, o.zone_h, o.zone_c)]
         save = torch.is_grad_enabled() and functional.wants_grad((x, h0, c0), (*params, *weights))
         gx = _project(cell, x, groups, extra, o)
         numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save)

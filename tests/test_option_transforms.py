@@ -51,6 +51,17 @@ def test_compile_in_one_graph(kind):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y, _ in (got, want)))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_compile_another_cell_in_one_graph(kind):
+    m, x, resets, _ = problem(kind, torch.float32, layer_norm=True, grad_clip=("norm", 1.0))
+    x.requires_grad_()
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    got, want = (layer(x, resets=resets) for layer in (compiled, m))
+    torch.testing.assert_close(got, want)
+    leaves = [x, *m.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y, _ in (got, want)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind):
     m, x, resets, lengths = problem(kind, torch.float32)
