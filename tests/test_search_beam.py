@@ -48,25 +48,36 @@ def test_beam_is_exact_where_it_loses_nothing(name, attention, fused):
 
 
 @pytest.mark.parametrize("fused", COMPILED)
-@pytest.mark.parametrize("beam_width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
-def test_stopping_changes_nothing(beam_width, alpha, fused):
-    """A narrow beam against one written for a single source, which never stops before max_len."""
+@pytest.mark.parametrize("early", [False, True])
+def test_narrow_beams(early, alpha, width, fused):
+    """Against a search of a single source that goes on to max_len: that one stops before changes nothing."""
     model = make(7, 8, seed=5, scale=4.0)
     source, lengths = sources(6, 4)
-    options = BeamOptions(beam=beam_width, n_best=2, max_len=6, length_penalty=alpha)
+    options = BeamOptions(beam=width, n_best=2, max_len=6, length_penalty=alpha, early_stop=early)
     found = search(model, source, lengths, options, fused)
     for b in range(source.size(1)):
-        live, finished = [((), 0.0)], []
-        for t in range(options.max_len + 1):
-            extended = []
-            for tokens, log_p in live:
-                step = next_log_p(model, source[:, b], int(lengths[b]), tokens)
-                finished.append(((log_p + step[EOS]) / ((5 + len(tokens) + 1) / 6) ** alpha, list(tokens)))
-                extended += [((*tokens, i), log_p + step[i]) for i in range(3, len(step))]
-            live = sorted(extended, key=lambda e: -e[1])[:beam_width] if t < options.max_len else []
-        finished.sort(key=lambda f: -f[0])
-        assert found.sentences()[b] == [tokens for _, tokens in finished[:2]]
+        wanted = simple_beam(model, source[:, b], int(lengths[b]), options)
+        assert found.sentences()[b] == [tokens for _, tokens in wanted]
+
+
+def simple_beam(model, source, length, options):
+    live, finished, t = [((), 0.0)], [], 0
+    while live:
+        extended, ends = [], []
+        for tokens, log_p in live:
+            step = next_log_p(model, source, length, tokens)
+            ends.append((log_p + step[EOS], tokens))
+            extended += [((*tokens, i), log_p + step[i]) for i in range(3, len(step))]
+        live = sorted(extended, key=lambda e: -e[1])[: options.beam] if t < options.max_len else []
+        if options.early_stop and len(live) == options.beam:
+            ends = [end for end in ends if end[0] >= live[-1][1]]
+        finished += [(log_p / ((5 + t + 1) / 6) ** options.length_penalty, list(tokens)) for log_p, tokens in ends]
+        t += 1
+        if options.early_stop and len(finished) >= options.beam:
+            break
+    return sorted(finished, key=lambda f: -f[0])[: options.n_best]
 
 
 def next_log_p(model, source, length, tokens):
