@@ -5,8 +5,8 @@
 
 Both sides start from the encoder's output and project the keys themselves. Tokens and scores are compared before
 anything is timed; then the sides are timed in turn (A B B A). A line holds the case, its sizes, what `bench/run.py`
-writes about times and the machine, us_step (a call's time over the steps), and prepared: whether the weights were packed
-before (Seq2Seq.compile_search) or in every call (Seq2Seq.greedy, Seq2Seq.beam).
+writes about times and the machine, us_step (a call's time over the steps), and prepared: whether the weights were
+packed before (Seq2Seq.compile_search) or in every call (Seq2Seq.greedy, Seq2Seq.beam).
 """
 
 import argparse
