@@ -39,8 +39,8 @@ template <class S> struct Draw {
     int64_t id = INT64_MAX;
     SK_INL bool holds(double x, int64_t token) const { return x > value || (x == value && token <= id); }
   };
-  // sums: [blocks] of the weights of the tokens within the bound, relative to e^top or each to its own where `top` is
-  // not given.
+  // sums: [blocks], of all tokens. masses: [blocks], of those within the bound relative to the highest of all, or null
+  // where there is no bound.
   int64_t from_all(const Rows<S>& left, const ExpSum<S>* sums, const double* masses, const Bound& bound, double u,
                    S& logit) const {
     double top = -__builtin_inf(), total = 0, before = 0;

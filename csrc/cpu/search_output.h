@@ -74,7 +74,6 @@ template <class S> struct SearchOutput {
   const SearchPack<S>& p;
   const int64_t vocab, blocks, list;  // list: tokens kept for each row, 0 where the likeliest is all
   const int64_t most;
-  const bool scaled;             // sums at another temperature, of the tokens that may be drawn
   ExpSum<S>*sums, *scaled_sums;  // [rows][blocks]; the second at the temperature, of the tokens that may be drawn
   S* eos;                        // [rows] its logit
   S* lanes;                      // [members][rows][6][kWidth]: ExpSum twice; the likeliest, and its vector's number
