@@ -3,10 +3,10 @@
     python bench/decoding.py --quick
     python bench/decoding.py --json bench/results/decoding.jsonl --threads 1
 
-Both sides start from the encoder's output and project the keys themselves. The tokens are compared before anything is
-timed; then the sides are timed in turn (A B B A). A line holds the case, its sizes, what `bench/run.py` writes about
-times and the machine, us_step (a call's time over the steps), and prepared: whether the weights were packed before
-(Seq2Seq.compile_search) or in every call (Seq2Seq.greedy, Seq2Seq.beam).
+Both sides start from the encoder's output and project the keys themselves. Tokens and scores are compared before
+anything is timed; then the sides are timed in turn (A B B A). A line holds the case, its sizes, what `bench/run.py`
+writes about times and the machine, us_step (a call's time over the steps), and prepared: whether the weights were
+packed before (Seq2Seq.compile_search) or in every call (Seq2Seq.greedy, Seq2Seq.beam).
 """
 
 import argparse
@@ -80,12 +80,14 @@ class Decoding:
         self.options = GreedyOptions(STEPS) if case.search == "greedy" else BeamOptions(case.width, max_len=STEPS)
 
     @torch.no_grad()
-    def ours(self) -> torch.Tensor:
+    def ours(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.case.prepared:
-            return getattr(self.program, self.case.search)(self.memory, self.state, self.options).tokens[0]
-        return compiled.find(self.case.search, self.model.decoder, self.memory, self.state, self.options).tokens[0]
+            found = getattr(self.program, self.case.search)(self.memory, self.state, self.options)
+        else:
+            found = compiled.find(self.case.search, self.model.decoder, self.memory, self.state, self.options)
+        return found.tokens[0], found.scores[0]
 
-    def peer(self) -> torch.Tensor:
+    def peer(self) -> tuple[torch.Tensor, torch.Tensor]:
         given = (self.eager, self.memory.values, self.memory.lengths, self.state[0][0])
         if self.case.search == "greedy":
             return eager_search.greedy(*given, STEPS)
@@ -106,10 +108,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(case: Case, quick: bool) -> dict[str, object]:
     problem = Decoding(case)
     line = asdict(case) | {"case": case.name, "peer": "torch", "steps": STEPS, "places": SOURCE, "load": machine.load()}
-    wanted = problem.peer()
+    (wanted, scores), (ours, own_scores) = problem.peer(), problem.ours()
     found = torch.zeros_like(wanted)
-    ours = problem.ours()
     found[: ours.size(0)] = ours
+    if not torch.allclose(own_scores, scores, rtol=1e-4, atol=1e-3):
+        return line | {"wrong": f"scores differ by {float((own_scores - scores).abs().max()):.2g}"}
     if not found.equal(wanted):
         rows = int((found != wanted).any(0).sum())
         return line | {"wrong": f"{rows} of {case.batch} rows differ"}

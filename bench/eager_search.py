@@ -47,25 +47,28 @@ def first_feed(decoder: Decoder, rows: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def greedy(eager: EagerDecoder, memory: Tensor, lengths: Tensor, h: Tensor, max_len: int) -> Tensor:
-    """Tokens [T, B]."""
+def greedy(eager: EagerDecoder, memory: Tensor, lengths: Tensor, h: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    """Tokens [T, B] and their log-probabilities [B]."""
     d, batch = eager.decoder, lengths.size(0)
     sources, feed = eager.sources(memory, lengths), first_feed(eager.decoder, batch)
     token, done, found = torch.full((batch,), d.bos), torch.zeros(batch, dtype=torch.bool), []
-    barred = torch.tensor([d.pad, d.bos])
+    barred, scores = torch.tensor([d.pad, d.bos]), torch.zeros(batch)
     for _ in range(max_len):
         logits, h, feed = eager.step(token, h, feed, sources)
-        token = logits.index_fill_(1, barred, -torch.inf).argmax(-1)
+        best, token = torch.log_softmax(logits, -1).index_fill_(1, barred, -torch.inf).max(-1)
+        scores += best.masked_fill_(done, 0)
         done |= token == d.eos
         found.append(token.masked_fill(done, d.pad))
         if done.all():
             break
-    return torch.stack(found)
+    return torch.stack(found), scores
 
 
 @torch.no_grad()
-def beam(eager: EagerDecoder, memory: Tensor, lengths: Tensor, h: Tensor, width: int, max_len: int) -> Tensor:
-    """The best hypothesis's tokens [T, B], without penalties."""
+def beam(
+    eager: EagerDecoder, memory: Tensor, lengths: Tensor, h: Tensor, width: int, max_len: int
+) -> tuple[Tensor, Tensor]:
+    """The best hypothesis's tokens [T, B] and score [B], without penalties."""
     d, batch = eager.decoder, lengths.size(0)
     rows = torch.arange(batch).repeat_interleave(width)
     sources = tuple(s[rows] for s in eager.sources(memory, lengths))
@@ -93,4 +96,4 @@ def beam(eager: EagerDecoder, memory: Tensor, lengths: Tensor, h: Tensor, width:
         select = (first + parent).flatten()
         h, feed = h[select], None if feed is None else feed[select]
         alive = torch.cat([alive.flatten(0, 1)[select].view(batch, width, -1), token.unsqueeze(-1)], -1)
-    return found[:, :max_len].t()
+    return found[:, :max_len].t(), best

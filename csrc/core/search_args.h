@@ -1,7 +1,8 @@
 // What the kernels of the compiled searches are given: plain pointers and sizes. No torch, no C++ standard library.
 //
 // B sources, S places of a source, M size of what the encoder says of a place, V vocabulary, E embedding, H hidden, G
-// gates, L layers, K key size, A size of the attentional vector, N hypotheses of a source that are returned. All tensors are dense.
+// gates, L layers, K key size, A size of the attentional vector, N hypotheses of a source that are returned. All
+// tensors are dense.
 #pragma once
 #include <stdint.h>
 #include "args.h"
@@ -26,22 +27,22 @@ struct SearchWeights {
   const void* w_ih;   // [G*H, A] of the fed back vector, or, where not folded, all: [G*H, E or E+A]
   const void* b_ih;   // [G*H] where not folded
   const void* layers[4 * kMaxSearchLayers];  // w_hh, b_hh of the bottom layer; w_ih, w_hh, b_ih, b_hh of the others
-  const void *w_context;      // [A, M]
-  const void *w_key, *b_key;  // [K, M], [K] or null
-  const void *w_query, *v;    // [K, H], [K] of additive attention
-  const void *w_pre, *b_pre;  // [A, H], [A]
-  const void *w_out, *b_out;  // [V, A or H], [V]
+  const void* w_context;                     // [A, M]
+  const void *w_key, *b_key;                 // [K, M], [K] or null
+  const void *w_query, *v;                   // [K, H], [K] of additive attention
+  const void *w_pre, *b_pre;                 // [A, H], [A]
+  const void *w_out, *b_out;                 // [V, A or H], [V]
 };
 
 enum class Search : int { kGreedy = 0, kSample, kBeam };
 
 struct SearchArgs {
   const char* packed;
-  const void* embedding;  // [V, E] where not folded
-  const void* memory;     // [S, B, M]
-  const int64_t* lengths; // [B]
-  const void* h0;         // [L, B, H]
-  const void* c0;         // [L, B, H] or null
+  const void* embedding;   // [V, E] where not folded
+  const void* memory;      // [S, B, M]
+  const int64_t* lengths;  // [B]
+  const void* h0;          // [L, B, H]
+  const void* c0;          // [L, B, H] or null
   int64_t batch, places;
   int64_t pad, bos, eos, max_len;
   Search search;

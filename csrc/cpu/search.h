@@ -23,10 +23,16 @@ template <class S> struct Searcher {
   Draw<S> drawer;
 
   Searcher(const SearchArgs& args, const SearchPart& part)
-      : a(args), part_of(part), arena{part.scratch}, sources(part.end - part.begin), control(arena.take<Control>(1)),
-        from(arena.take<int64_t>(sources * args.beam)), step(args, part, sources * args.beam, arena),
+      : a(args),
+        part_of(part),
+        arena{part.scratch},
+        sources(part.end - part.begin),
+        control(arena.take<Control>(1)),
+        from(arena.take<int64_t>(sources * args.beam)),
+        step(args, part, sources * args.beam, arena),
         out(args, part, step.p, sources * args.beam, arena),
-        beam(args, part.begin, args.search == Search::kBeam ? sources : 0, Attend(step.s.attend) != Attend::kNone, arena),
+        beam(args, part.begin, args.search == Search::kBeam ? sources : 0, Attend(step.s.attend) != Attend::kNone,
+             arena),
         drawer(args, out, arena) {}
 
   static int64_t scratch(const SearchArgs& a, int64_t sources, int count) {
@@ -35,7 +41,8 @@ template <class S> struct Searcher {
   }
   static void run(const SearchArgs& a, const SearchPart& part) {
     Searcher s(a, part);
-    if (a.search == Search::kBeam) s.run_beam(); else s.run_tokens();
+    if (a.search == Search::kBeam) s.run_beam();
+    else s.run_tokens();
   }
 
   void meet_all() const { meet(*part_of.barrier, part_of.count); }

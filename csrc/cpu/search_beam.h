@@ -10,14 +10,14 @@ template <class S> struct BeamState {
 
   const SearchArgs& a;
   const int64_t begin, sources, width, n_best;
-  int64_t live;        // sources that are not done
-  int64_t* active;     // [sources] which
-  int64_t *first, *new_first;   // [sources + 1] the first row of each active one
-  double *log_p, *new_log_p;    // [rows]
-  S *covered, *new_covered;     // [rows][S], with a coverage penalty
+  int64_t live;                // sources that are not done
+  int64_t* active;             // [sources] which
+  int64_t *first, *new_first;  // [sources + 1] the first row of each active one
+  double *log_p, *new_log_p;   // [rows]
+  S *covered, *new_covered;    // [rows][S], with a coverage penalty
   int64_t *from, *new_source, *new_token;
-  LogSum* log_sums;    // [rows]
-  int64_t* heads;      // [width] of the lists of a source's rows
+  LogSum* log_sums;  // [rows]
+  int64_t* heads;    // [width] of the lists of a source's rows
   // The best that have ended, best first: [sources][n_best].
   double* scores;
   int32_t *steps, *which;
@@ -104,9 +104,11 @@ template <class S> struct BeamState {
       for (int64_t k = 0; k < hyps; ++k) {
         log_sums[r0 + k] = out.log_sum_of(r0 + k);
         if (covers)
-          for (int64_t j = 0; j < a.places; ++j) covered[(r0 + k) * a.places + j] += step.alpha[(r0 + k) * step.lds + j];
+          for (int64_t j = 0; j < a.places; ++j)
+            covered[(r0 + k) * a.places + j] += step.alpha[(r0 + k) * step.lds + j];
         if (a.weights)
-          memcpy((S*)a.weights + ((t * a.batch + b) * width + k) * a.places, step.alpha + (r0 + k) * step.lds, a.places * sizeof(S));
+          memcpy((S*)a.weights + ((t * a.batch + b) * width + k) * a.places, step.alpha + (r0 + k) * step.lds,
+                 a.places * sizeof(S));
         heads[k] = 0;
       }
       const int64_t found = t < a.max_len ? extend(b, r0, hyps, rows, t, out) : 0;
@@ -160,7 +162,8 @@ template <class S> struct BeamState {
     memcpy(step.source, new_source, rows * sizeof(int64_t));
     memcpy(step.token, new_token, rows * sizeof(int64_t));
     if (!covers) return;
-    for (int64_t r = 0; r < rows; ++r) memcpy(new_covered + r * a.places, covered + from[r] * a.places, a.places * sizeof(S));
+    for (int64_t r = 0; r < rows; ++r)
+      memcpy(new_covered + r * a.places, covered + from[r] * a.places, a.places * sizeof(S));
     S* swap = covered;
     covered = new_covered;
     new_covered = swap;
@@ -179,7 +182,8 @@ template <class S> struct BeamState {
           a.tokens[to] = a.chosen[at];
           k = a.parents[at];
           if (a.weights)
-            memcpy((S*)a.attention + to * a.places, (S*)a.weights + ((t * a.batch + b) * width + k) * a.places, a.places * sizeof(S));
+            memcpy((S*)a.attention + to * a.places, (S*)a.weights + ((t * a.batch + b) * width + k) * a.places,
+                   a.places * sizeof(S));
         }
       }
   }

@@ -1,8 +1,9 @@
 // Sampling: one number for each row and step, inverted over the tokens in the order of their ids. The definition is
 // seqkern/seq2seq/search.py, `draw`.
 //
-// What the product of the output layer left is enough to find the block of the vocabulary that a token lies in; the block
-// alone is then computed again. The candidates of top-k, and of top-p where they are few, stand in the row's list.
+// What the product of the output layer left is enough to find the block of the vocabulary that a token lies in; the
+// block alone is then computed again. The candidates of top-k, and of top-p where they are few, stand in the row's
+// list.
 #pragma once
 #include "random.h"
 #include "search_output.h"
@@ -28,8 +29,8 @@ template <class S> struct Draw {
   // The token of row r, and its logit.
   int64_t draw(const Rows<S>& left, int64_t r, int64_t b, int64_t t, S& logit) const {
     const double u = uniform(b, t);
-    if (!out.list) return from_all(left.at(r), out.scaled_sums + r * out.blocks, 0, Bound{}, u, logit);
-    return a.top_k ? from_list(left, r, u, logit) : nucleus(left, r, u, logit);
+    if (!out.list) return from_all(left.at(r), out.scaled_sums + r * out.blocks, nullptr, Bound{}, u, logit);
+    return a.top_k ? from_list(r, u, logit) : nucleus(left, r, u, logit);
   }
 
   // Of the tokens above a bound (of equals to it, those up to an id) or of all.
@@ -38,9 +39,10 @@ template <class S> struct Draw {
     int64_t id = INT64_MAX;
     SK_INL bool holds(double x, int64_t token) const { return x > value || (x == value && token <= id); }
   };
-  // sums: [blocks] of the weights of the tokens within the bound, relative to e^top or each to its own where `top` is not
-  // given.
-  int64_t from_all(const Rows<S>& left, const ExpSum<S>* sums, const double* masses, const Bound& bound, double u, S& logit) const {
+  // sums: [blocks], of all tokens. masses: [blocks], of those within the bound relative to the highest of all, or null
+  // where there is no bound.
+  int64_t from_all(const Rows<S>& left, const ExpSum<S>* sums, const double* masses, const Bound& bound, double u,
+                   S& logit) const {
     double top = -__builtin_inf(), total = 0, before = 0;
     for (int64_t i = 0; i < out.blocks; ++i) top = double(sums[i].top) > top ? double(sums[i].top) : top;
     const auto mass = [&](int64_t i) { return masses ? masses[i] : sums[i].sum * weight(double(sums[i].top), top); };
@@ -96,7 +98,7 @@ template <class S> struct Draw {
     logit = list.values[found];
     return list.ids[found];
   }
-  int64_t from_list(const Rows<S>&, int64_t r, double u, S& logit) const {
+  int64_t from_list(int64_t r, double u, S& logit) const {
     const BestList<S> list = out.best(0, r);
     logit = S(-__builtin_inff());
     if (!*list.count) return out.first_open();

@@ -5,7 +5,8 @@
 
 namespace seqkern { namespace SK_NS {
 namespace {
-template <class S> constexpr SearchKernel kSearch{&SearchPack<S>::packed_bytes, &SearchPack<S>::pack, &Searcher<S>::scratch, &Searcher<S>::run};
+template <class S> constexpr SearchKernel kSearch{&SearchPack<S>::packed_bytes, &SearchPack<S>::pack,
+                                                  &Searcher<S>::scratch, &Searcher<S>::run};
 }
 extern const SearchKernels kSearchKernels;
 const SearchKernels kSearchKernels = {SK_VEC_BYTES, {kSearch<double>, kSearch<float>}};

@@ -32,20 +32,24 @@ Dtype search_dtype(const Tensor& t) {
 void large_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t end = uintptr_t(data(t)) + uintptr_t(t.numel()), begin = (uintptr_t(data(t)) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = uintptr_t(data(t)) + uintptr_t(t.numel()),
+                  begin = (uintptr_t(data(t)) + kPage - 1) / kPage * kPage;
   if (end >= begin + kPage) madvise((void*)begin, (end - begin) / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
 
-// table [V, G*H] or empty; w_ih [G*H, ...] or empty, b_ih [G*H]; layers w_hh, b_hh and for those above w_ih, w_hh, b_ih,
-// b_hh; sources [w_context], [w_context, w_key] or [w_context, w_key, b_key], query [w_query, v] and pre [w_pre, b_pre] or empty; out [w_out, b_out]; embedding: E, 0 with a table.
-Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tensors sources, Tensors query, Tensors pre, Tensors out,
-                   std::string cell, std::string attention, int64_t embedding) {
+// table [V, G*H] or empty; w_ih [G*H, ...] or empty, b_ih [G*H]; layers w_hh, b_hh and for those above w_ih, w_hh,
+// b_ih, b_hh; sources [w_context], [w_context, w_key] or [w_context, w_key, b_key], query [w_query, v] and pre [w_pre,
+// b_pre] or empty; out [w_out, b_out]; embedding: E, 0 with a table.
+Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tensors sources, Tensors query, Tensors pre,
+                   Tensors out, std::string cell, std::string attention, int64_t embedding) {
   const CellInfo& info = cell_info(cell);
-  STD_TORCH_CHECK(layers.size() >= 2 && layers.size() % 4 == 2 && layers.size() <= 4 * kMaxSearchLayers - 2 && layers[0].dim() == 2,
-                  "search: layers must be w_hh, b_hh and then w_ih, w_hh, b_ih, b_hh of at most ", kMaxSearchLayers - 1,
-                  " further layers, got ", layers.size(), " tensors");
-  STD_TORCH_CHECK(out.size() == 2 && out[0].dim() == 2, "search: out must be w_out and b_out, got ", out.size(), " tensors");
+  STD_TORCH_CHECK(
+      layers.size() >= 2 && layers.size() % 4 == 2 && layers.size() <= 4 * kMaxSearchLayers - 2 && layers[0].dim() == 2,
+      "search: layers must be w_hh, b_hh and then w_ih, w_hh, b_ih, b_hh of at most ", kMaxSearchLayers - 1,
+      " further layers, got ", layers.size(), " tensors");
+  STD_TORCH_CHECK(out.size() == 2 && out[0].dim() == 2, "search: out must be w_out and b_out, got ", out.size(),
+                  " tensors");
   STD_TORCH_CHECK((pre.size() == 0 || pre.size() == 2) && (query.size() == 0 || query.size() == 2),
                   "search: pre must be w_pre, b_pre or empty, query w_query, v or empty, got ", pre.size(), " and ",
                   query.size(), " tensors");
@@ -67,11 +71,12 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
   s.embed = embedding;
   const bool attends = Attend(s.attend) != Attend::kNone;
   STD_TORCH_CHECK(attends == !sources.empty() && sources.size() <= 3 && (!attends || s.pre > 0),
-                  "search: w_context, w_key and b_key belong to attention, which needs w_context and w_pre, got ", sources.size(),
-                  " tensors for ", attention);
-  STD_TORCH_CHECK(!attends || s.keyed || s.memory == s.key, "search: without w_key M must be K = ", s.key, ", got ", s.memory);
-  STD_TORCH_CHECK((Attend(s.attend) == Attend::kAdditive) == !query.empty(), "search: w_query and v belong to additive attention, got ",
-                  query.size(), " tensors for ", attention);
+                  "search: w_context, w_key and b_key belong to attention, which needs w_context and w_pre, got ",
+                  sources.size(), " tensors for ", attention);
+  STD_TORCH_CHECK(!attends || s.keyed || s.memory == s.key, "search: without w_key M must be K = ", s.key, ", got ",
+                  s.memory);
+  STD_TORCH_CHECK((Attend(s.attend) == Attend::kAdditive) == !query.empty(),
+                  "search: w_query and v belong to additive attention, got ", query.size(), " tensors for ", attention);
   const int64_t gh = s.gates * s.hidden, fed = w_ih.numel() ? w_ih.size(1) - embedding : 0;
   s.feed = fed > 0;
   Wanted want{"search", out[0].scalar_type()};
@@ -84,7 +89,8 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
   if (!s.folded) check(b_ih, "b_ih", "[G*H]", {gh});
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool matrix = i == 0 || (i > 1 && (i - 2) % 4 < 2);
-    check(layers[i], matrix ? "a layer's weight" : "a layer's bias", matrix ? "[G*H, H]" : "[G*H]", matrix ? Ints{gh, s.hidden} : Ints{gh});
+    check(layers[i], matrix ? "a layer's weight" : "a layer's bias", matrix ? "[G*H, H]" : "[G*H]",
+          matrix ? Ints{gh, s.hidden} : Ints{gh});
   }
   if (attends) check(sources[0], "w_context", "[A, M]", {s.pre, s.memory});
   if (s.keyed) check(sources[1], "w_key", "[K, M]", {s.key, s.memory});
@@ -119,7 +125,8 @@ Tensor search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensors layers, Tenso
   Tensor packed = torch::stable::new_empty(out[0], {bytes}, ScalarType::Byte);
   large_pages(packed);
   constexpr int64_t kBytesPerThread = 1 << 18;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), bytes / kBytesPerThread));
+  const int64_t parts =
+      std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), bytes / kBytesPerThread));
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel.pack(s, w, (char*)data(packed), int(i), int(parts));
   });
@@ -148,27 +155,37 @@ struct SearchCall {
 
   SearchCall(const Tensor& pack, const Optional& e, const Optional& m, const Tensor& n, const Tensor& h,
              const Optional& c, const Ints& ids, int64_t max_len)
-      : s(shape_of(pack)), packed(pack), lengths(dense(n)), h0(dense(h)), embedding(dense(e)), memory(dense(m)), c0(dense(c)) {
+      : s(shape_of(pack)),
+        packed(pack),
+        lengths(dense(n)),
+        h0(dense(h)),
+        embedding(dense(e)),
+        memory(dense(m)),
+        c0(dense(c)) {
     dtype = Dtype(s.dtype) == Dtype::kF32 ? ScalarType::Float : ScalarType::Double;
     STD_TORCH_CHECK(lengths.dim() == 1 && lengths.scalar_type() == ScalarType::Long && lengths.is_cpu(),
                     "search: lengths must be [B] int64 on the CPU, got ", text(sizes_of(lengths)));
-    STD_TORCH_CHECK(ids.size() == 3 && max_len >= 1, "search: ids must be pad, bos, eos and max_len at least 1, got ", text(ids),
-                    " and ", max_len);
+    STD_TORCH_CHECK(ids.size() == 3 && max_len >= 1, "search: ids must be pad, bos, eos and max_len at least 1, got ",
+                    text(ids), " and ", max_len);
     for (int64_t id : ids)
-      STD_TORCH_CHECK(id >= 0 && id < s.vocab, "search: pad, bos and eos must be in [0, V) = [0, ", s.vocab, "), got ", text(ids));
+      STD_TORCH_CHECK(id >= 0 && id < s.vocab, "search: pad, bos and eos must be in [0, V) = [0, ", s.vocab, "), got ",
+                      text(ids));
     a.batch = lengths.size(0);
     Wanted want{"search", dtype};
     want.check(h0, "h0", "[L, B, H]", {s.layers, a.batch, s.hidden});
-    STD_TORCH_CHECK(c0.has_value() == (Cell(s.cell) == Cell::kLstm), "search: c0 belongs to the LSTM, and it needs one");
+    STD_TORCH_CHECK(c0.has_value() == (Cell(s.cell) == Cell::kLstm),
+                    "search: c0 belongs to the LSTM, and it needs one");
     want.check(c0, "c0", "[L, B, H]", {s.layers, a.batch, s.hidden});
     const bool attends = Attend(s.attend) != Attend::kNone;
-    STD_TORCH_CHECK(attends == memory.has_value(), "search: memory belongs to a decoder with attention, and it needs it");
+    STD_TORCH_CHECK(attends == memory.has_value(),
+                    "search: memory belongs to a decoder with attention, and it needs it");
     if (attends) {
       STD_TORCH_CHECK(memory->dim() == 3, "search: memory must be [S, B, M], got ", text(sizes_of(*memory)));
       a.places = memory->size(0);
       want.check(memory, "memory", "[S, B, M]", {a.places, a.batch, s.memory});
     }
-    STD_TORCH_CHECK(embedding.has_value() != bool(s.folded), "search: the embedding belongs to a decoder packed without its table");
+    STD_TORCH_CHECK(embedding.has_value() != bool(s.folded),
+                    "search: the embedding belongs to a decoder packed without its table");
     want.check(embedding, "embedding", "[V, E]", {s.vocab, s.embed});
     a.packed = (const char*)data(packed);
     a.embedding = data(embedding);
@@ -208,7 +225,9 @@ struct SearchCall {
     a.weights = data(weights);
   }
   // Bytes of weights that a step reads.
-  int64_t step_bytes() const { return packed.size(0) - (s.folded ? s.vocab * s.gates * s.hidden * (dtype == ScalarType::Float ? 4 : 8) : 0); }
+  int64_t step_bytes() const {
+    return packed.size(0) - (s.folded ? s.vocab * s.gates * s.hidden * (dtype == ScalarType::Float ? 4 : 8) : 0);
+  }
 
   // Sources of one loop: enough rows to use what is read of the weights well, and few enough to stay near with their
   // states, and with their keys and values within the scratch memory that is kept.
@@ -242,7 +261,8 @@ struct SearchCall {
   }
   void run_apart(int64_t threads) {
     const SearchKernel& kernel = kernel_of(s);
-    const int64_t each = std::min(sources_at_once(), (a.batch + threads - 1) / threads), parts = (a.batch + each - 1) / each;
+    const int64_t each = std::min(sources_at_once(), (a.batch + threads - 1) / threads),
+                  parts = (a.batch + each - 1) / each;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Barrier barrier{};
       Scratch own;
@@ -271,7 +291,8 @@ Results search_greedy(Tensor packed, Optional embedding, Optional memory, Tensor
     const int64_t* from = (const int64_t*)data(*forced);
     for (int64_t i = 0; i < forced->numel(); ++i)
       STD_TORCH_CHECK(from[i] >= (i < call.a.batch ? 0 : -1) && from[i] < call.s.vocab,
-                      "search: forced must hold tokens in [0, V) = [0, ", call.s.vocab, "), or -1 after the first step, got ", from[i]);
+                      "search: forced must hold tokens in [0, V) = [0, ", call.s.vocab,
+                      "), or -1 after the first step, got ", from[i]);
     std::copy(from + call.a.batch, from + forced->numel(), call.a.tokens);
     call.a.forced = from;
   }
@@ -281,9 +302,11 @@ Results search_greedy(Tensor packed, Optional embedding, Optional memory, Tensor
 Results search_sample(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0,
                       Tensor seed, Ints ids, int64_t max_len, double temperature, int64_t top_k, double top_p) {
   SearchCall call(packed, embedding, memory, lengths, h0, c0, ids, max_len);
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "search: seed must be [1] int64, got ", text(sizes_of(seed)));
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "search: seed must be [1] int64, got ",
+                  text(sizes_of(seed)));
   STD_TORCH_CHECK(temperature > 0 && top_k >= 0 && top_p > 0 && top_p <= 1,
-                  "search: temperature must be above 0, top_k at least 0, top_p in (0, 1], got ", temperature, ", ", top_k, ", ", top_p);
+                  "search: temperature must be above 0, top_k at least 0, top_p in (0, 1], got ", temperature, ", ",
+                  top_k, ", ", top_p);
   call.a.search = Search::kSample;
   call.a.seed = *(const int64_t*)data(seed);
   call.a.temperature = temperature;
@@ -294,12 +317,14 @@ Results search_sample(Tensor packed, Optional embedding, Optional memory, Tensor
 }
 
 // options: beam, n_best, max_len, min_len.
-Results search_beam(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0, Ints ids,
-                    Ints options, double length_penalty, double coverage_penalty, bool early_stop, bool attention) {
-  STD_TORCH_CHECK(options.size() == 4 && *std::min_element(options.begin(), options.begin() + 3) >= 1 && options[3] >= 0 &&
-                      options[3] <= options[2] && length_penalty >= 0 && coverage_penalty >= 0,
-                  "search: beam, n_best and max_len must be at least 1, min_len in [0, max_len], penalties at least 0, got ",
-                  text(options), ", ", length_penalty, ", ", coverage_penalty);
+Results search_beam(Tensor packed, Optional embedding, Optional memory, Tensor lengths, Tensor h0, Optional c0,
+                    Ints ids, Ints options, double length_penalty, double coverage_penalty, bool early_stop,
+                    bool attention) {
+  STD_TORCH_CHECK(
+      options.size() == 4 && *std::min_element(options.begin(), options.begin() + 3) >= 1 && options[3] >= 0 &&
+          options[3] <= options[2] && length_penalty >= 0 && coverage_penalty >= 0,
+      "search: beam, n_best and max_len must be at least 1, min_len in [0, max_len], penalties at least 0, got ",
+      text(options), ", ", length_penalty, ", ", coverage_penalty);
   SearchCall call(packed, embedding, memory, lengths, h0, c0, ids, options[2]);
   call.a.search = Search::kBeam;
   call.a.beam = options[0];

@@ -16,7 +16,8 @@ template <class T> SK_INL uint32_t lanes_above(Pack<T> x, T bound) {
   if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x.v, _mm512_set1_ps(bound), _CMP_GT_OQ);
   else return _mm512_cmp_pd_mask((__m512d)x.v, _mm512_set1_pd(bound), _CMP_GT_OQ);
 #elif SK_VEC_BYTES == 32
-  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.v, _mm256_set1_ps(bound), _CMP_GT_OQ));
+  if constexpr (sizeof(T) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.v, _mm256_set1_ps(bound), _CMP_GT_OQ));
   else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)x.v, _mm256_set1_pd(bound), _CMP_GT_OQ));
 #else
   uint32_t bits = 0;
@@ -26,7 +27,9 @@ template <class T> SK_INL uint32_t lanes_above(Pack<T> x, T bound) {
 }
 
 // A sum of exponentials: sum e^top.
-template <class S> struct ExpSum { S top, sum; };
+template <class S> struct ExpSum {
+  S top, sum;
+};
 // log p = (x - top) - log_sum.
 struct LogSum {
   double top, log_sum;
@@ -35,7 +38,8 @@ struct LogSum {
 template <class S> SK_INL LogSum log_sum(const ExpSum<S>* blocks, int64_t n) {
   double top = double(blocks[0].top), sum = 0;
   for (int64_t i = 1; i < n; ++i) top = blocks[i].top > top ? blocks[i].top : top;
-  for (int64_t i = 0; i < n; ++i) sum += blocks[i].sum * (blocks[i].top == top ? 1. : __builtin_exp(double(blocks[i].top) - top));
+  for (int64_t i = 0; i < n; ++i)
+    sum += blocks[i].sum * (blocks[i].top == top ? 1. : __builtin_exp(double(blocks[i].top) - top));
   return {top, __builtin_log(sum)};
 }
 
@@ -70,20 +74,24 @@ template <class S> struct SearchOutput {
   const SearchPack<S>& p;
   const int64_t vocab, blocks, list;  // list: tokens kept for each row, 0 where the likeliest is all
   const int64_t most;
-  const bool scaled;  // sums at another temperature, of the tokens that may be drawn
-  ExpSum<S> *sums, *scaled_sums;  // [rows][blocks]
-  S* eos;                         // [rows] its logit
-  S* lanes;                       // [members][rows][6][kWidth]: ExpSum twice; the likeliest, and its vector's number
-  S* values;                      // [members][rows][list]
+  ExpSum<S>*sums, *scaled_sums;  // [rows][blocks]; the second at the temperature, of the tokens that may be drawn
+  S* eos;                        // [rows] its logit
+  S* lanes;                      // [members][rows][6][kWidth]: ExpSum twice; the likeliest, and its vector's number
+  S* values;                     // [members][rows][list]
   int32_t* ids;
   int64_t* counts;  // [members][rows]
   enum Lane { kTop, kSum, kScaledTop, kScaledSum, kBest, kWhere, kLanes };
 
   SearchOutput(const SearchArgs& args, const SearchPart& part, const SearchPack<S>& pack, int64_t rows, Arena& m)
-      : a(args), part_of(part), p(pack), vocab(pack.shape.vocab), blocks(min64(kBlocks, pack.out_panels)),
-        list(list_size(args)), most(rows), scaled(args.search == Search::kSample && !list) {
+      : a(args),
+        part_of(part),
+        p(pack),
+        vocab(pack.shape.vocab),
+        blocks(min64(kBlocks, pack.out_panels)),
+        list(list_size(args)),
+        most(rows) {
     sums = m.take<ExpSum<S>>(most * blocks);
-    scaled_sums = m.take<ExpSum<S>>(scaled_or_nucleus() ? most * blocks : 0);
+    scaled_sums = m.take<ExpSum<S>>(scales() ? most * blocks : 0);
     eos = m.take<S>(most);
     lanes = m.take<S>(part.count * most * kLanes * kWidth);
     values = m.take<S>(part.count * most * list);
@@ -97,7 +105,7 @@ template <class S> struct SearchOutput {
     if (args.top_k) return min64(args.top_k, vocab);
     return args.top_p < 1 ? min64(kNucleus, vocab) : 0;
   }
-  bool scaled_or_nucleus() const { return a.search == Search::kSample && !a.top_k; }
+  bool scales() const { return a.search == Search::kSample && !a.top_k; }
 
   S* lane(int64_t row, Lane which) const { return lanes + ((part_of.member * most + row) * kLanes + which) * kWidth; }
   BestList<S> best(int member, int64_t row) const {
@@ -106,7 +114,8 @@ template <class S> struct SearchOutput {
   }
   // Whether a panel has tokens that are not chosen like others.
   bool special(int64_t panel) const {
-    return panel == p.out_panels - 1 || panel == a.pad / kColumns || panel == a.bos / kColumns || panel == a.eos / kColumns;
+    return panel == p.out_panels - 1 || panel == a.pad / kColumns || panel == a.bos / kColumns ||
+           panel == a.eos / kColumns;
   }
 
   void bar(int64_t panel, const S* t, S* open) const {
@@ -135,8 +144,8 @@ template <class S> struct SearchOutput {
     return {most, sum_of(load(sum) * exp_((load(top) - V(most)) * V(scale)))};
   }
 
-  // The product for `rows` rows, in this thread's blocks. see(row, panel, tile): the row's logits of a panel, -inf where
-  // a token may not be chosen.
+  // The product for `rows` rows, in this thread's blocks. see(row, panel, tile): the row's logits of a panel, -inf
+  // where a token may not be chosen.
   template <class See> void product(const Rows<S>& left, int64_t rows, Range own, bool sum, const See& see) const {
     const S scale = S(1 / a.temperature);
     for (int64_t i = own.begin; i < own.end; ++i) {
@@ -146,32 +155,36 @@ template <class S> struct SearchOutput {
           store(V(S(kNever)), lane(r, Lane(first)));
           store(V(0), lane(r, Lane(first + 1)));
         }
-      multiply<kWide, true>(left, rows, p.w_out, range.begin, range.end, p.b_out, [&](int64_t panel, int64_t r0, int n, const S* t) {
-        alignas(64) S open[kColumns];
-        for (int r = 0; r < n; ++r, t += kColumns) {
-          if (sum) add_exps(t, lane(r0 + r, kTop), lane(r0 + r, kSum), S(1));
-          const S* seen = t;
-          if (special(panel)) {
-            bar(panel, t, open);
-            if (sum && panel == a.eos / kColumns) eos[r0 + r] = t[a.eos % kColumns];
-            seen = open;
-          }
-          if (sum && scaled_or_nucleus()) add_exps(seen, lane(r0 + r, kScaledTop), lane(r0 + r, kScaledSum), scale);
-          see(r0 + r, panel, seen);
-        }
-      });
+      multiply<kWide, true>(left, rows, p.w_out, range.begin, range.end, p.b_out,
+                            [&](int64_t panel, int64_t r0, int n, const S* t) {
+                              alignas(64) S open[kColumns];
+                              for (int r = 0; r < n; ++r, t += kColumns) {
+                                if (sum) add_exps(t, lane(r0 + r, kTop), lane(r0 + r, kSum), S(1));
+                                const S* seen = t;
+                                if (special(panel)) {
+                                  bar(panel, t, open);
+                                  if (sum && panel == a.eos / kColumns) eos[r0 + r] = t[a.eos % kColumns];
+                                  seen = open;
+                                }
+                                if (sum && scales())
+                                  add_exps(seen, lane(r0 + r, kScaledTop), lane(r0 + r, kScaledSum), scale);
+                                see(r0 + r, panel, seen);
+                              }
+                            });
       for (int64_t r = 0; sum && r < rows; ++r) {
         sums[r * blocks + i] = fold_lanes(lane(r, kTop), lane(r, kSum), S(1));
-        if (scaled_or_nucleus()) scaled_sums[r * blocks + i] = fold_lanes(lane(r, kScaledTop), lane(r, kScaledSum), scale);
+        if (scales()) scaled_sums[r * blocks + i] = fold_lanes(lane(r, kScaledTop), lane(r, kScaledSum), scale);
       }
     }
   }
-  // All that the search wants of the rows. Threads meet at the end; then the first may call `likeliest`, `best(0, row)`.
+  // All that the search wants of the rows. Threads meet at the end; then the first may call `likeliest`, `best(0,
+  // row)`.
   void run(const Rows<S>& left, int64_t rows) const {
     const Range own = part(blocks, part_of.member, part_of.count);
     if (list) {
       for (int64_t r = 0; r < rows; ++r) *best(part_of.member, r).count = 0;
-      product(left, rows, own, true, [&](int64_t r, int64_t panel, const S* t) { collect(best(part_of.member, r), panel, t); });
+      product(left, rows, own, true,
+              [&](int64_t r, int64_t panel, const S* t) { collect(best(part_of.member, r), panel, t); });
     } else {
       for (int64_t r = 0; r < rows; ++r) {
         store(V(S(-__builtin_inff())), lane(r, kBest));

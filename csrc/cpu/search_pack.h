@@ -1,5 +1,5 @@
-// A decoder packed for the searches: a header, then every matrix in the panels of gemm.h. The tile unit is left alone: a
-// row's sums must not depend on how many rows there are, and it would take over from some number of rows on.
+// A decoder packed for the searches: a header, then every matrix in the panels of gemm.h. The tile unit is left alone:
+// a row's sums must not depend on how many rows there are, and it would take over from some number of rows on.
 #pragma once
 #include "../core/cells.h"
 #include "../core/search_args.h"
@@ -8,7 +8,9 @@
 namespace seqkern { namespace SK_NS { namespace {
 
 // Calls use.template operator()<C>() for the cell. (No std here, hence no std::type_identity.)
-template <class C> struct CellTag { using Type = C; };
+template <class C> struct CellTag {
+  using Type = C;
+};
 template <class Use> SK_INL auto with_cell(int64_t cell, const Use& use) {
   switch (Cell(cell)) {
     case Cell::kRnnTanh: return use(CellTag<RnnTanh>{});
@@ -35,7 +37,10 @@ template <class S> struct SearchPack {
   S* table;          // [V][columns]
   Panels<S> bottom;  // of the bottom layer's input, k = 0 where the table is all of it
   S* b_bottom;
-  struct Layer { Panels<S> w_ih, w_hh; S *b_ih, *b_hh; } layers[kMaxSearchLayers];
+  struct Layer {
+    Panels<S> w_ih, w_hh;
+    S *b_ih, *b_hh;
+  } layers[kMaxSearchLayers];
   Panels<S> w_key, w_context, w_query, w_pre, w_out;
   S *b_key, *v, *b_pre, *b_out;
   int64_t bytes;

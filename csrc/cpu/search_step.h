@@ -32,10 +32,10 @@ template <class S> struct SearchStep {
   // What goes from step to step, twice: the step writes where the one before did not.
   S *h[kMaxSearchLayers][2], *c[kMaxSearchLayers][2], *feed[2];
   S *x, *gx, *q, *alpha, *context;
-  // Of the sources of this part: [sources][S][ldk] and [sources][S][lda]. Of additive attention e^(2 key), but where one
-  // of a source's is `wild`, too large for that, the keys themselves.
+  // Of the sources of this part: [sources][S][ldk] and [sources][S][lda]. Of additive attention e^(2 key), but where
+  // one of a source's is `wild`, too large for that, the keys themselves.
   S *keys, *values;
-  int32_t* wild;  // [sources][threads]
+  int32_t* wild;            // [sources][threads]
   int64_t *source, *token;  // [rows]
   int turn = 0;
 
@@ -86,8 +86,9 @@ template <class S> struct SearchStep {
   // Row r of all that goes on is row from[r] of what there is now. All threads call it, and meet.
   void gather(const int64_t* from, int64_t rows) {
     const Range r = mine(rows);
-    const auto copy = [&](S* const (&buffers)[2], int64_t ld, int64_t n) {
-      for (int64_t i = r.begin; i < r.end; ++i) memcpy(buffers[1 - turn] + i * ld, buffers[turn] + from[i] * ld, n * sizeof(S));
+    const auto copy = [&](S* const(&buffers)[2], int64_t ld, int64_t n) {
+      for (int64_t i = r.begin; i < r.end; ++i)
+        memcpy(buffers[1 - turn] + i * ld, buffers[turn] + from[i] * ld, n * sizeof(S));
     };
     for (int64_t l = 0; l < s.layers; ++l) {
       copy(h[l], ldh, s.hidden);
@@ -113,9 +114,11 @@ template <class S> struct SearchStep {
     if (Attend(s.attend) != Attend::kNone) {
       if (p.query_panels) {
         const Range w = mine(p.query_panels);
-        multiply<kWide, true>(top, rows, p.w_query, w.begin, w.end, (const S*)nullptr, [&](int64_t panel, int64_t r0, int n, const S* t) {
-          for (int r = 0; r < n; ++r) memcpy(q + (r0 + r) * ldq + panel * kWideColumns, t + r * kWideColumns, kWideColumns * sizeof(S));
-        });
+        multiply<kWide, true>(
+            top, rows, p.w_query, w.begin, w.end, (const S*)nullptr, [&](int64_t panel, int64_t r0, int n, const S* t) {
+              for (int r = 0; r < n; ++r)
+                memcpy(q + (r0 + r) * ldq + panel * kWideColumns, t + r * kWideColumns, kWideColumns * sizeof(S));
+            });
         meet_all();
       }
       const Range r = mine(rows);
@@ -126,15 +129,16 @@ template <class S> struct SearchStep {
       const bool attends = Attend(s.attend) != Attend::kNone;
       const Range w = mine(p.pre_panels);
       S* to = feed[1 - turn];
-      multiply<kWide, true>(top, rows, p.w_pre, w.begin, w.end, p.b_pre, [&](int64_t panel, int64_t r0, int n, const S* t) {
-        for (int r = 0; r < n; ++r)
-          for (int v = 0; v < kWide; ++v) {
-            const int64_t j = (r0 + r) * lda + panel * kWideColumns + v * kWidth;
-            V sum = load(t + r * kWideColumns + v * kWidth);
-            if (attends) sum = sum + load(context + j);
-            store(tanh_(sum), to + j);
-          }
-      });
+      multiply<kWide, true>(top, rows, p.w_pre, w.begin, w.end, p.b_pre,
+                            [&](int64_t panel, int64_t r0, int n, const S* t) {
+                              for (int r = 0; r < n; ++r)
+                                for (int v = 0; v < kWide; ++v) {
+                                  const int64_t j = (r0 + r) * lda + panel * kWideColumns + v * kWidth;
+                                  V sum = load(t + r * kWideColumns + v * kWidth);
+                                  if (attends) sum = sum + load(context + j);
+                                  store(tanh_(sum), to + j);
+                                }
+                            });
       meet_all();
     }
     turn ^= 1;
@@ -176,24 +180,25 @@ template <class S> struct SearchStep {
     const bool table = l == 0 && p.bottom.k == 0;
     multiply<kVectors, true>(left(h[l][turn], ldh), rows, p.layers[l].w_hh, w.begin, w.end, p.layers[l].b_hh,
                              [&](int64_t panel, int64_t r0, int n, const S* t) {
-      for (int r = 0; r < n; ++r) {
-        const int64_t row = r0 + r;
-        const S* from = (table ? p.table + token[row] * p.columns : gx + row * p.columns) + panel * kColumns;
-        for (int u = 0; u < kUnitBlocks<C>; ++u) {
-          const int64_t j = row * ldh + (panel * kUnitBlocks<C> + u) * kWidth;
-          V in[C::kGates], rec[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry(0);
-          for (int g = 0; g < C::kGates; ++g) {
-            in[g] = load(from + (u * C::kGates + g) * kWidth);
-            rec[g] = load(t + r * kColumns + (u * C::kGates + g) * kWidth);
-          }
-          if (C::kCarry == Carry::kHidden) carry = load(old_h + j);
-          if (C::kCarry == Carry::kCell) carry = load(old_c + j);
-          C::forward(in, rec, carry, out, saved);
-          if (C::kCarry == Carry::kCell) store(carry, new_c + j);
-          store(out, new_h + j);
-        }
-      }
-    });
+                               for (int r = 0; r < n; ++r) {
+                                 const int64_t row = r0 + r;
+                                 const S* from = (table ? p.table + token[row] * p.columns : gx + row * p.columns) +
+                                                 panel * kColumns;
+                                 for (int u = 0; u < kUnitBlocks<C>; ++u) {
+                                   const int64_t j = row * ldh + (panel * kUnitBlocks<C> + u) * kWidth;
+                                   V in[C::kGates], rec[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry(0);
+                                   for (int g = 0; g < C::kGates; ++g) {
+                                     in[g] = load(from + (u * C::kGates + g) * kWidth);
+                                     rec[g] = load(t + r * kColumns + (u * C::kGates + g) * kWidth);
+                                   }
+                                   if (C::kCarry == Carry::kHidden) carry = load(old_h + j);
+                                   if (C::kCarry == Carry::kCell) carry = load(old_c + j);
+                                   C::forward(in, rec, carry, out, saved);
+                                   if (C::kCarry == Carry::kCell) store(carry, new_c + j);
+                                   store(out, new_h + j);
+                                 }
+                               }
+                             });
   }
 
   // Keys and values, projected once; only those of places before the source's length.
@@ -206,20 +211,23 @@ template <class S> struct SearchStep {
       V most(0);
       const auto keep = [&](S* to, int64_t ld) {
         return [=](int64_t panel, int64_t r0, int rows, const S* t) {
-          for (int r = 0; r < rows; ++r) memcpy(to + (r0 + r) * ld + panel * kWideColumns, t + r * kWideColumns, kWideColumns * sizeof(S));
+          for (int r = 0; r < rows; ++r)
+            memcpy(to + (r0 + r) * ld + panel * kWideColumns, t + r * kWideColumns, kWideColumns * sizeof(S));
         };
       };
-      multiply<kWide, true>(from, n, p.w_context, c.begin, c.end, (const S*)nullptr, keep(values + i * a.places * lda, lda));
+      multiply<kWide, true>(from, n, p.w_context, c.begin, c.end, (const S*)nullptr,
+                            keep(values + i * a.places * lda, lda));
       S* to = keys + i * a.places * ldk;
       if (p.key_panels)
-        multiply<kWide, true>(from, n, p.w_key, k.begin, k.end, p.b_key, [&](int64_t panel, int64_t r0, int rows, const S* t) {
-          keep(to, ldk)(panel, r0, rows, t);
-          for (int64_t j = 0; p.query_panels && j < rows * kWideColumns; j += kWidth) {
-            const V x = load(t + j);
-            most.v = x.v > most.v ? x.v : most.v;
-            most.v = -x.v > most.v ? -x.v : most.v;
-          }
-        });
+        multiply<kWide, true>(from, n, p.w_key, k.begin, k.end, p.b_key,
+                              [&](int64_t panel, int64_t r0, int rows, const S* t) {
+                                keep(to, ldk)(panel, r0, rows, t);
+                                for (int64_t j = 0; p.query_panels && j < rows * kWideColumns; j += kWidth) {
+                                  const V x = load(t + j);
+                                  most.v = x.v > most.v ? x.v : most.v;
+                                  most.v = -x.v > most.v ? -x.v : most.v;
+                                }
+                              });
       else if (own.begin <= i && i < own.end)
         for (int64_t r = 0; r < n; ++r) memcpy(to + r * ldk, from.plain(r), s.memory * sizeof(S));
       if (p.query_panels) wild[i * part_of.count + part_of.member] = highest(most) > kTame;
@@ -229,7 +237,8 @@ template <class S> struct SearchStep {
       for (int64_t i = own.begin; i < own.end; ++i) {
         if (is_wild(i)) continue;
         S* to = keys + i * a.places * ldk;
-        for (int64_t j = 0; j < places_of(part_of.begin + i) * ldk; j += kWidth) store(exp_(load(to + j) * V(2)), to + j);
+        for (int64_t j = 0; j < places_of(part_of.begin + i) * ldk; j += kWidth)
+          store(exp_(load(to + j) * V(2)), to + j);
       }
     meet_all();
   }
@@ -240,9 +249,9 @@ template <class S> struct SearchStep {
     return false;
   }
 
-  // Lane i: v . tanh(query + key i), for i < n; with tanh x = 1 - 2 / (1 + e^2x) and e^2(q + k) a product. Keys of at most
-  // kTame leave what lies beyond kClamp + kTame saturated, so that the query may be cut there; and all products are
-  // finite and normal.
+  // Lane i: v . tanh(query + key i), for i < n; with tanh x = 1 - 2 / (1 + e^2x) and e^2(q + k) a product. Keys of at
+  // most kTame leave what lies beyond kClamp + kTame saturated, so that the query may be cut there; and all products
+  // are finite and normal.
   static constexpr S kTame = 12, kClamp = 30;
   SK_INL V additive(const S* query, const S* keys, int64_t n) const {
     V sums[kWidth], all(0);
@@ -251,10 +260,12 @@ template <class S> struct SearchStep {
       for (int64_t j = 0; j < s.key; j += kWidth) {
         const V v = load(p.v + j), q = load(query + j);
         all = all + v;
-        for (int i = 0; i < count; ++i) sums[i].v += v.v * reciprocal(V::wrap(V(1).v + q.v * load(keys + i * ldk + j).v)).v;
+        for (int i = 0; i < count; ++i)
+          sums[i].v += v.v * reciprocal(V::wrap(V(1).v + q.v * load(keys + i * ldk + j).v)).v;
       }
     };
-    if (n >= kWidth) add(kWidth); else add(int(n));
+    if (n >= kWidth) add(kWidth);
+    else add(int(n));
     return V(sum_of(all)) - V(2) * sum_lanes<kWidth>(sums);
   }
   SK_INL V additive_of_any(const S* query, const S* keys, int64_t n) const {
@@ -271,7 +282,8 @@ template <class S> struct SearchStep {
     if (!p.query_panels) return h[s.layers - 1][1 - turn] + i * ldh;
     S* query = q + i * ldq;
     if (tame)
-      for (int64_t j = 0; j < s.key; j += kWidth) store(exp_(at_least(at_most(load(query + j), kClamp), -kClamp) * V(2)), query + j);
+      for (int64_t j = 0; j < s.key; j += kWidth)
+        store(exp_(at_least(at_most(load(query + j), kClamp), -kClamp) * V(2)), query + j);
     return query;
   }
   // Row i's weights and context. Its sums depend on its source's length alone, not on S.
@@ -291,8 +303,9 @@ template <class S> struct SearchStep {
     V most(never), sum(0);
     for (int64_t j = 0; j < n; j += kWidth) {
       const S* from = keys + j * ldk;
-      V score = tame ? this->additive(query, from, n - j) : additive ? additive_of_any(query, from, n - j)
-                                                                    : dots(query, from, n - j, s.key, ldk);
+      V score = tame       ? this->additive(query, from, n - j)
+                : additive ? additive_of_any(query, from, n - j)
+                           : dots(query, from, n - j, s.key, ldk);
       for (int64_t k = n - j; k < kWidth; ++k) score.v[k] = never;
       store(score, weights + j);
       most.v = score.v > most.v ? score.v : most.v;
