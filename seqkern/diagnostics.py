@@ -39,15 +39,20 @@ class Record:
         more = ", reverse" * self.direction + f", call {self.call}" * (self.call > 0)
         return f"{self.name or 'layer'}, layer {self.layer}{more}"
 
-    def backward(self, which: str = "h") -> Tensor:
-        """The norms in backward's order: the first is that of the step that the direction takes last."""
-        norms = self.h if which == "h" else self.c
+    @property
+    def carried(self) -> str:
+        """What takes the layer's memory from step to step: "c" for the LSTM, whose dL/dh may vanish all the same."""
+        return "h" if self.c is None else "c"
+
+    def backward(self, which: str | None = None) -> Tensor:
+        """The norms, of `carried` unless told "h" or "c", in backward's order: first the direction's last step."""
+        norms = self.h if (which or self.carried) == "h" else self.c
         return norms if self.direction else norms.flip(0)
 
     @property
     def rate(self) -> float:
-        """The factor by which dL/dh changes a step back in time, from the least squares line of its logarithm over the
-        steps where it is positive; NaN where there are fewer than two."""
+        """The factor by which the gradient of `carried` changes a step back in time, from the least squares line of its
+        logarithm over the steps where it is positive; NaN where there are fewer than two."""
         norms = self.backward()
         there = norms > 0
         if there.sum() < 2:
@@ -57,7 +62,7 @@ class Record:
         return math.exp(float((k * logs).sum() / (k * k).sum()))
 
     def verdict(self) -> str:
-        """One sentence: whether the gradient vanishes or explodes, and from which step on."""
+        """One sentence: whether the gradient of `carried` vanishes or explodes, and from which step on."""
         norms = self.backward().double()
         steps = len(norms)
         if not norms.isfinite().all():
@@ -96,7 +101,7 @@ class Flow:
         lines = []
         for r in self.records:
             radius = "" if r.radius is None else f", spectral radius {r.radius:.3g}"
-            lines.append(f"{r.title}: {r.verdict()} (x{r.rate:.3g} a step{radius})")
+            lines.append(f"{r.title}: {r.verdict()} (dL/d{r.carried}: x{r.rate:.3g} a step{radius})")
         return "\n".join(lines)
 
     def plot(self, path: str | None = None, axis=None):

@@ -127,6 +127,14 @@ def test_what_is_said():
     assert math.isnan(record([0.0, 1.0]).rate)
 
 
+def test_an_lstm_is_judged_by_its_cell_state():
+    """Its dL/dh of the early steps is small where the loss reads late outputs only; what it remembers is in c."""
+    steps = torch.arange(50, dtype=torch.float64)
+    lstm = Record("rnn", 0, 0, 0, 0.5 ** (49 - steps), 0.99 ** (49 - steps), None)
+    assert lstm.carried == "c" and "reaches the far end" in lstm.verdict() and math.isclose(lstm.rate, 0.99)
+    assert torch.equal(lstm.backward("h"), lstm.h.flip(0))
+
+
 def test_a_linear_rnn_follows_its_spectral_radius(tmp_path):
     m = seqkern.RNN(2, 4, dtype=torch.float64)
     with torch.no_grad():
