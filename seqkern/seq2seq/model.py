@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import masks
-from . import compiled, search
+from . import compiled, graphs, search
 from .beam import BeamOptions
 from .decoder import Decoder
 from .encoder import Bridge, Encoder, Memory
@@ -143,11 +143,14 @@ class CompiledSearch(Searches):
         decoder = self.model.decoder
         device = decoder.out.weight.device
         self.program = compiled.Program(decoder) if compiled.covers(decoder, device) else None
+        self.graphs = graphs.GraphedSearch(decoder) if device.type == "cuda" else None
 
     @torch.no_grad()
     def _found(self, kind: str, source: Tensor, lengths: Tensor | None, options, *seed: Tensor) -> Hypotheses:
         options.check()
         memory, state = self.model.encode(source, lengths)
+        if self.graphs is not None:
+            return self.graphs.find(kind, memory, state, options, *seed)
         if self.program is None:
             return compiled.find(kind, self.model.decoder, memory, state, options, *seed)
         return getattr(self.program, kind)(memory, state, options, *seed)
