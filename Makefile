@@ -3,7 +3,7 @@
 #   make test              install, build, run the tests         (ISA=avx2 forces one instruction set)
 #   make bench             install, build, a short benchmark with table and plot, a short real training
 #   make test-isa          the tests in every instruction set of this CPU, or in ISA="generic avx2"
-#   make results           the full benchmark: bench/results/cpu.jsonl, its plot and page, the README's table
+#   make results           the full benchmark: bench/results, the README's tables and plot
 #   make cuda-check        compile the CUDA kernels for sm_80, sm_90 and sm_120; registers, spills (needs no GPU)
 #   make gpu               on a machine with a GPU: build for it, tests, sanitizer, comparison with cuDNN, with PYTHON's
 #                          own torch and no network;  ARGS="--only step|grid --quick" for a short call
@@ -100,6 +100,10 @@ bench: $(VENV)/built.stamp
 results: $(VENV)/built.stamp
 	$(FORCED) $(PY) bench/run.py --device cpu --peak --memory --json bench/results/cpu.jsonl $(ARGS)
 	$(PY) bench/report.py bench/results/cpu.jsonl --readme
+	$(FORCED) $(PY) bench/attention.py --json bench/results/attention.jsonl
+	$(FORCED) $(PY) bench/decoding.py --json bench/results/decoding.jsonl
+	$(FORCED) $(PY) bench/options.py --json bench/results/options.jsonl
+	$(PY) bench/report.py bench/results --readme
 
 cuda-check: $(VENV)/toolkit.stamp
 	$(PY) tests/cuda_compile.py $(ARGS)
