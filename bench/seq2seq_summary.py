@@ -68,13 +68,14 @@ def g2p_rows(folder: Path) -> list[list[str]]:
     rows = [[name, "", wer, "", ""] for name, wer in PUBLISHED]
     for path in sorted(folder.glob("g2p*.json")):
         found = json.loads(path.read_text())
+        threads = found["train_threads"]
         rows.append(
             [
                 f"seqkern, [{path.stem}](bench/results/{path.name})",
                 f"{found['params'] / 1e6:.2f} M",
                 f"{found['wer_greedy']:.2f}",
                 f"{found['wer_beam']:.2f}",
-                f"{found['train_seconds'] / 60:.0f} min, {found['threads']} thread{'s' * (found['threads'] > 1)}",
+                f"{found['train_seconds'] / 60:.1f} min, {threads} thread{'s' * (threads > 1)}",
             ]
         )
     return rows

@@ -15,7 +15,7 @@ LINE = {
 }  # fmt: skip
 G2P = {
     "protocol": "p", "wer_greedy": 28.123, "wer_beam": 27.456, "per": 6.5, "train_seconds": 3600, "params": 4_162_346,
-    "commit": "abc", "threads": 1,
+    "commit": "abc", "threads": 2, "train_threads": 1,
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_lines_and_g2p_results_enter_the_readme(tmp_path):
     assert "| greedy-b1 | 50 | 200 | 4.00 (3.90 to 4.10) |" in text and "9.00" not in text
     assert "**0.90 (0.80" in text and "WRONG: 2 rows differ" in text
     assert "Geometric mean 1.90" in text and "up to 1.5 cores" in text and "other sources" in text
-    assert "| 4.16 M | 28.12 | 27.46 | 60 min, 1 thread |" in text and "30.2" in text
+    assert "| 4.16 M | 28.12 | 27.46 | 60.0 min, 1 thread |" in text and "30.2" in text
 
 
 @pytest.mark.parametrize(
