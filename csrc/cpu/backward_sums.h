@@ -14,6 +14,7 @@ template <class C, class S> struct BackwardSums {
   static constexpr int kWidth = V::kWidth, kColumns = kWide * kWidth, kTile = tile_rows(kWide);
   static constexpr int kSkip = C::kGrads - C::kGates;  // where the columns of the hidden side begin
   static constexpr int kLeft = 8;  // tile rows, padded to what one load takes
+  static constexpr int kBiasChains = 4;
   static constexpr int64_t kChunkRows = 256, kPanelBlock = (kParts<S> ? 1024 : 512) << 10;
   using Part = typename PartOf<S>::Type;
   static_assert(kTile <= kLeft);
@@ -214,6 +215,17 @@ template <class C, class S> struct BackwardSums {
         for (int r = 0; r < kLeft; ++r) o.left[k * kLeft + r] = first[k * from.ld + r];
       return;
     }
+#ifdef SK_BF16_DOT
+    if constexpr (kP == 2) {  // the lanes past `rows` are not read
+      for (int64_t k = 0; k < n; k += 2) {
+        const __m128i even = _mm_loadu_si128((const __m128i*)(first + k * from.ld));
+        const __m128i odd = k + 1 < n ? _mm_loadu_si128((const __m128i*)(first + (k + 1) * from.ld)) : _mm_setzero_si128();
+        _mm_storeu_si128((__m128i*)(o.left + k * kLeft), _mm_unpacklo_epi16(even, odd));
+        _mm_storeu_si128((__m128i*)(o.left + k * kLeft + 8), _mm_unpackhi_epi16(even, odd));
+      }
+      return;
+    }
+#endif
     for (int64_t k = 0; k < ceil_div(n, kP); ++k)
       for (int r = 0; r < rows; ++r)
         for (int h = 0; h < kP; ++h)
@@ -309,10 +321,27 @@ template <class C, class S> struct BackwardSums {
       }
       return;
     }
+    // Lane i of a row of vectors: column i % kLeft of the tile, at every k that is i / kLeft more than a multiple.
+    constexpr int kP = kPair<A>, kLanes = kWidth > kLeft ? kWidth : kLeft, kTake = kLanes / kWidth, kSteps = kLanes / kLeft;
+    A ones[kP];
+    for (int h = 0; h < kP; ++h) convert(1.f, ones[h]);
+    V sums[kBiasChains][kTake];
+    for (int i = 0; i < kBiasChains; ++i)
+      for (int v = 0; v < kTake; ++v) sums[i][v] = V(0);
+    const int64_t pairs = ceil_div(n, kP), most = pairs / (kBiasChains * kSteps) * (kBiasChains * kSteps);
+    for (int64_t k = 0; k < most; k += kBiasChains * kSteps)
+      for (int i = 0; i < kBiasChains; ++i)
+        for (int v = 0; v < kTake; ++v)
+          multiply_add(sums[i][v], ones, o.left + ((k + i * kSteps) * kLeft + v * kWidth) * kP);
+    for (int i = 1; i < kBiasChains; ++i)
+      for (int v = 0; v < kTake; ++v) sums[0][v] = sums[0][v] + sums[i][v];
+    Acc lanes[kLanes];
+    for (int v = 0; v < kTake; ++v) store(sums[0][v], lanes + v * kWidth);
     for (int r = 0; r < rows; ++r) {
-      Acc sum = 0;
-      for (int64_t k = 0; k < ceil_div(n, kPair<A>); ++k)
-        for (int h = 0; h < kPair<A>; ++h) sum += widen(o.left[(k * kLeft + r) * kPair<A> + h]);
+      Acc sum = lanes[r];
+      for (int i = 1; i < kSteps; ++i) sum += lanes[i * kLeft + r];
+      for (int64_t k = most; k < pairs; ++k)
+        for (int h = 0; h < kP; ++h) sum += widen(o.left[(k * kLeft + r) * kP + h]);
       to[r] = first ? sum : to[r] + sum;
     }
   }

@@ -35,6 +35,28 @@ SK_INL Pack<typename AccOf<S>::Type> dots(const A* row, const S* w, int64_t n, i
   constexpr int kWidth = V::kWidth;
   V sums[kWidth];
   for (int i = 0; i < kWidth; ++i) sums[i] = V(0);
+#ifdef SK_BF16_DOT
+  if constexpr (sizeof(A) == 2 && sizeof(S) == 2) {
+    constexpr int kStep = 2 * kWidth;
+    const auto add = [&](int64_t j, __mmask32 there) {
+      const __m512bh x = (__m512bh)_mm512_maskz_loadu_epi16(there, row + j);
+      for (int i = 0; i < kWidth; ++i)
+        if (i < n) {
+          const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(there, w + i * ld + j);
+          sums[i].v = (typename V::Vec)_mm512_dpbf16_ps((__m512)sums[i].v, x, y);
+        }
+    };
+    int64_t j = 0;
+    if (n >= kWidth)
+      for (; j + kStep <= k; j += kStep) {
+        const __m512bh x = (__m512bh)_mm512_loadu_si512(row + j);
+        for (int i = 0; i < kWidth; ++i)
+          sums[i].v = (typename V::Vec)_mm512_dpbf16_ps((__m512)sums[i].v, x, (__m512bh)_mm512_loadu_si512(w + i * ld + j));
+      }
+    for (; j < k; j += kStep) add(j, k - j >= kStep ? ~__mmask32(0) : (__mmask32(1) << (k - j)) - 1);
+    return sum_lanes<kWidth>(sums);
+  }
+#endif
   if (n >= kWidth) {
     int64_t j = 0;
     for (; j + kWidth <= k; j += kWidth) {

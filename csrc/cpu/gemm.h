@@ -280,6 +280,19 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
       for (int64_t kk = 0; kk < 16 && k0 + kk < k; ++kk) _mm512_storeu_si512(to + (k0 + kk) * columns, block[kk]);
       continue;
     }
+#ifdef SK_BF16_DOT
+    if constexpr (sizeof(S) == 2 && kP == 2) {  // a pair is an element of 32 bits
+      if (k0 % 32) continue;
+      __m512i block[16];
+      const int64_t left = k - k0;
+      const __mmask32 there = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+      for (int64_t i = 0; i < 16; ++i)
+        block[i] = i < n ? _mm512_maskz_loadu_epi16(there, w + i * ld + k0) : _mm512_setzero_si512();
+      transpose(block);
+      for (int64_t kk = 0; kk < 16 && k0 + 2 * kk < k; ++kk) _mm512_storeu_si512(to + (k0 / 2 + kk) * columns * 2, block[kk]);
+      continue;
+    }
+#endif
 #endif
     const int64_t k1 = k0 + 16 < padded ? k0 + 16 : padded;
     for (int64_t kk = k0; kk < k1; kk += kP)
@@ -338,6 +351,23 @@ SK_INL void pack_rows(const Panels<S>& to, int64_t first, int64_t last, int64_t 
   }
 #endif
   const int64_t padded = end >= to.k ? to.pairs() * kPair<A> : end;
+#ifdef SK_BF16_DOT
+  if constexpr (kPair<A> == 2 && sizeof(*at(begin)) == 2) {
+    for (int64_t k = begin; k < padded; k += 2) {
+      const auto even = k < end ? at(k) : none, odd = k + 1 < end ? at(k + 1) : none;
+      for (int64_t p = first; p < last; ++p)
+        for (int v = 0; v < to.vectors; ++v) {
+          const int64_t j = p * columns + v * to.kWidth, lanes = n - j;
+          const __mmask16 there = lanes >= 16 ? ~__mmask16(0) : lanes > 0 ? (__mmask16(1) << lanes) - 1 : 0;
+          const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, even + j)) : _mm512_setzero_si512();
+          const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, odd + j)) : _mm512_setzero_si512();
+          _mm512_storeu_si512(to.panel(p) + (k / 2 * columns + v * to.kWidth) * 2,
+                              _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+    return;
+  }
+#endif
   for (int64_t k = begin; k < padded; ++k) {
     const auto row = k < end ? at(k) : none;
     for (int64_t p = first; p < last; ++p) pack_row(row ? row + p * columns : row, n - p * columns, k, to.panel(p), columns);
