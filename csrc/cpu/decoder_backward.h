@@ -13,7 +13,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   using Base::kWidth, Base::kSkip, Base::kDirect, Base::kWideColumns;
   using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all, Base::grads,
       Base::grad_ld;
-  using Base::work, Base::sum_weights, Base::Base;
+  using Base::work, Base::sum_weights, Base::sum_tokens, Base::Base;
   using typename Base::Acc, typename Base::V, typename Base::Row, typename Base::Store, typename Base::Work;
 
   // Whether the stored gradients are operands as they are. Else each step's are rounded into buffers.
@@ -25,6 +25,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   struct Shared {
     Panels<S> w_query, w_pre;  // right-hand sides [K, H], [A, H]
     Acc* v;
+    Acc* tokens;  // [V][G*H] sums that the output's type cannot hold
     char* layers;
     Store store;
   };
@@ -64,6 +65,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     s.w_query = m.panels<S>(additive() ? wide_panels(a.hidden) : 0, a.key, kWide, false);
     s.w_pre = m.panels<S>(wide_panels(a.hidden), a.vector, kWide, false);
     s.v = m.take<Acc>(ldk);
+    s.tokens = m.take<Acc>(a.tokens && !kDirect ? a.vocab * C::kGates * a.hidden : 0);
     s.store.grads = m.take<Acc>(a.layers * rows() * grad_ld());
     s.store.pre = m.take<Acc>(rows() * lda);
     s.store.query = m.take<Acc>(additive() ? rows() * ldk : 0);
@@ -122,6 +124,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     f.leave(o, rows);
     if (args.dvalues) f.sum_sources(s, o, rows);
     f.meet_all();
+    if (args.tokens) f.sum_tokens(s.store, s.tokens, tid);
     if (!args.dw_pre) return;
     f.sum_weights(s.store, w, tid);
     if (f.additive() && tid == 0) f.sum_v(s);
@@ -253,13 +256,13 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       for (int q = 0; q < C::kSaved; ++q) __builtin_prefetch(keep + (Base::kStride + q) * a.hidden + j, 0, 2);
       __builtin_prefetch(before + Base::kStride * a.hidden + j, 0, 2);
       for (int g = 0; g < C::kGrads; ++g) __builtin_prefetch(to + grad_ld() + g * a.hidden + j, 1, 2);
-      for (int g = 0; !l && g < C::kGates; ++g)
+      for (int g = 0; !l && !a.tokens && g < C::kGates; ++g)
         __builtin_prefetch((S*)a.dgx + ((t * a.batch + b + 1) * C::kGates + g) * a.hidden + j, 1, 2);
       V carry = load(o.carry + at);
       C::backward(saved, out, prev, load(o.dh + at), carry, grad);
       store(carry, o.carry + at);
       for (int g = 0; g < C::kGrads; ++g) put(grad[g], to, o.grads, r, g * a.hidden + j, lanes);
-      if (l) continue;
+      if (l || a.tokens) continue;
       for (int g = 0; g < C::kGates; ++g)
         store(grad[g], (S*)a.dgx + ((t * a.batch + b) * C::kGates + C::kOrder[g]) * a.hidden + j, lanes);
     }

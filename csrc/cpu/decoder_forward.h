@@ -104,12 +104,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   }
 
   void pack_wide(const S* w, int64_t n, int64_t k, const Panels<S>& to, int tid) const {
-    const Range p = part(wide_panels(n), tid, a.threads);
-    for (int64_t i = p.begin; i < p.end; ++i)
-      for (int v = 0; v < kWide; ++v) {
-        const int64_t j = i * kWideColumns + v * kWidth;
-        pack_columns(w + j * k, k, max64(0, min64(kWidth, n - j)), to, i, v);
-      }
+    pack_weights(w, n, k, to, part(wide_panels(n), tid, a.threads));
   }
   void pack(const Shared& s, int tid) const {
     const Range p = part(panels, tid, a.threads);
@@ -181,11 +176,11 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
         gx[g] = load(from_x + (u * C::kGates + g) * kWidth);
         gh[g] = load(from_h + (u * C::kGates + g) * kWidth);
         if (l) continue;
-        const S* given = (const S*)a.gx + ((t * a.batch + b) * C::kGates + g) * a.hidden + j;
+        const S* from = (const S*)a.gx + (this->given(t, b) * C::kGates + g) * a.hidden + j;
         // For the next panel, or step: of many short streams the hardware foresees none.
         __builtin_prefetch(
-            lanes > kBlocks * kWidth ? given + kBlocks * kWidth : given - j + a.batch * C::kGates * a.hidden, 0, 2);
-        gx[g] = gx[g] + load(given, lanes);
+            lanes > kBlocks * kWidth ? from + kBlocks * kWidth : from - j + a.batch * C::kGates * a.hidden, 0, 2);
+        gx[g] = gx[g] + load(from, lanes);
       }
       Acc* held = o.carry + (l * o.rows + r) * ldh + j;
       V carry = load(held);

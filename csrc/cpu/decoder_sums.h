@@ -100,6 +100,30 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
     return w;
   }
 
+  // The gradient of each token's row: of the gates wherever it was given, in the order of steps and rows. This thread
+  // has some of the columns.
+  void sum_tokens(const Store& s, Acc* wide, int tid) const {
+    const int64_t columns = C::kGates * a.hidden, vectors = ceil_div(a.hidden, kWidth);
+    if constexpr (kDirect) wide = (Acc*)a.dgx;
+    const Range own = part(C::kGates * vectors, tid, a.threads);
+    const auto each = [&](int64_t row, const auto& use) {
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        const int64_t g = i / vectors, j = i % vectors * kWidth, lanes = a.hidden - j;
+        use(wide + row * columns + C::kOrder[g] * a.hidden + j, g * a.hidden + j, min64(lanes, kWidth));
+      }
+    };
+    for (int64_t v = 0; v < a.vocab; ++v)
+      each(v, [&](Acc* to, int64_t, int64_t lanes) { store(V(0), to, lanes); });
+    for (int64_t r = 0; r < rows(); ++r)
+      each(a.tokens[r], [&](Acc* to, int64_t from, int64_t lanes) {
+        store(load(to, lanes) + load(s.grads + r * grad_ld() + from, lanes), to, lanes);
+      });
+    for (int64_t v = 0; !kDirect && v < a.vocab; ++v)
+      each(v, [&](Acc* from, int64_t, int64_t lanes) {
+        for (int64_t i = 0; i < lanes; ++i) narrow(from[i], ((S*)a.dgx)[from - wide + i]);
+      });
+  }
+
   // This thread's share of the tiles of all sums.
   void sum_weights(const Store& s, const Work& w, int tid) const {
     const Range own = part(all_tiles(), tid, a.threads);

@@ -114,7 +114,9 @@ class Decoder(nn.Module):
         `reference.attention_decoder`; without input feeding its w_feed is empty."""
         (w_ih, w_hh, b_ih, b_hh), *above = self._weights()
         size = self.embedding.embedding_dim
-        return w_ih[:, :size], b_ih, [w_ih[:, size:], w_hh, b_hh, *(w for layer in above for w in layer)]
+        # One split, whose gradient is one concatenation: two slices would each fill a matrix of zeros.
+        w_embed, w_feed = w_ih.split((size, w_ih.size(1) - size), 1)
+        return w_embed, b_ih, [w_feed, w_hh, b_hh, *(w for layer in above for w in layer)]
 
     def vectors(
         self, given: Tensor, memory: Memory, state: State, feed: Tensor | None = None
@@ -127,10 +129,10 @@ class Decoder(nn.Module):
         if given.size(0) == 0:
             raise ValueError(f"given must have at least one step, got {list(given.shape)}")
         h, c = state
-        x = self.dropout(self.embedding(given))
         sources = self.sources(memory)
         if self.input_feeding:
-            return self._feeding(x, sources, h, c, feed)
+            return self._feeding(given, sources, h, c, feed)
+        x = self.dropout(self.embedding(given))
         y, last = self.layers(x, h if c is None else (h, c))
         h, c = last if isinstance(last, tuple) else (last, None)
         if sources is None:
@@ -139,17 +141,22 @@ class Decoder(nn.Module):
         a = reference.attentional_vector(y, weights, sources.values, self.pre.weight, self.pre.bias)
         return a, Carry(h, c, None), weights
 
-    def _feeding(self, x: Tensor, sources: reference.Sources, h: Tensor, c: Tensor | None, feed: Tensor | None):
+    def _feeding(self, given: Tensor, sources: reference.Sources, h: Tensor, c: Tensor | None, feed: Tensor | None):
         w_embed, b_ih, weights = self.split_weights()
-        gx = nn.functional.linear(x, w_embed, b_ih)
+        dropping = self.training and self.dropout.p > 0
+        # Without dropout all places of a token have one projection: where there are fewer tokens than places, project
+        # the vocabulary.
+        tokens = given if not dropping and self.vocab < given.numel() else None
+        read = given if tokens is None else torch.arange(self.vocab, device=given.device)
+        gx = nn.functional.linear(self.dropout(self.embedding(read)), w_embed, b_ih)
         if feed is None:
-            feed = gx.new_zeros(x.size(1), self.pre.out_features)
+            feed = gx.new_zeros(given.size(1), self.pre.out_features)
         masks = None
-        if self.training and self.dropout.p and self.num_layers > 1:
-            masks = drop(gx.new_ones(x.size(0), self.num_layers - 1, x.size(1), self.hidden), self.dropout.p)
+        if dropping and self.num_layers > 1:
+            masks = drop(gx.new_ones(given.size(0), self.num_layers - 1, given.size(1), self.hidden), self.dropout.p)
         scorer = self.attention.scorer
         a, h, c_n, alpha = run_attention_decoder(
-            gx, feed, h, c, weights, *sources, *scorer, self.pre.weight, self.pre.bias, masks, self.mode
+            gx, feed, h, c, weights, *sources, *scorer, self.pre.weight, self.pre.bias, masks, self.mode, tokens
         )
         return a, Carry(h, None if c is None else c_n, a[-1]), alpha
 
