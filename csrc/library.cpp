@@ -47,12 +47,12 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
   // Recurrent layers with attention and input feeding over a whole target: seqkern/seq2seq/reference.py.
-  m.def("attention_decoder(Tensor gx, Tensor feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
+  m.def("attention_decoder(Tensor gx, Tensor? feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
         " Tensor values, Tensor lengths, Tensor? w_query, Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks,"
         " str cell, bool save, Tensor? tokens=None)"
         " -> (Tensor a, Tensor h_n, Tensor c_n, Tensor alpha, Tensor reserve)");
   // What is not needed or not there comes back empty.
-  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor feed0,"
+  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor? feed0,"
         " Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor? w_query,"
         " Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks, Tensor a, Tensor alpha, Tensor reserve, str cell,"
         " bool need_sources, bool need_weights, bool need_masks, Tensor? tokens=None)"

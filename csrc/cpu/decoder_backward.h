@@ -225,7 +225,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     const Layer w = layer(s, l);
     for (int64_t r = 0; r < n; ++r) cells(s, o, t, l, rows.begin + r, r);
     const Rows<S> d = operand(o.grads, grads(s.store, l, t, rows.begin));
-    wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
+    if (l || t || a.dfeed0) wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
       if (l == 0) return store(x, o.dfeed + r * lda + j);
       if (a.masks) {
         const int64_t b = rows.begin + r;
@@ -271,7 +271,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   void leave(const Own& o, Range rows) const {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t r = b - rows.begin;
-      for (int64_t j = 0; j < a.vector; ++j) narrow(o.dfeed[r * lda + j], ((S*)a.dfeed0)[b * a.vector + j]);
+      for (int64_t j = 0; a.dfeed0 && j < a.vector; ++j) narrow(o.dfeed[r * lda + j], ((S*)a.dfeed0)[b * a.vector + j]);
       for (int64_t l = 0; l < a.layers; ++l) {
         const Acc *dh = o.dh + (l * o.rows + r) * ldh, *carry = o.carry + (l * o.rows + r) * ldh;
         const int64_t to = (l * a.batch + b) * a.hidden;

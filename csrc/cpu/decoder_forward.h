@@ -126,7 +126,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   void enter(const Own& o, Range rows) const {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t r = b - rows.begin;
-      copy_row((const S*)a.feed0 + b * a.vector, o.feed, r, a.vector);
+      copy_row(a.feed0 ? (const S*)a.feed0 + b * a.vector : nullptr, o.feed, r, a.vector);
       for (int64_t l = 0; l < a.layers; ++l) {
         const S* h = (const S*)a.h0 + (l * a.batch + b) * a.hidden;
         copy_row(h, o.state(0, a.layers, l), r, a.hidden);
@@ -144,11 +144,13 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
     // Tile by tile, so that what the first product gives is still in L1 when the second meets it.
     constexpr int kMost = tile_rows(kVectors);
     const int64_t tiles = ceil_div(n, kMost);
+    const bool nothing = l == 0 && t == 0 && !a.feed0;  // to multiply, and no bias
+    if (nothing) memset(o.gx, 0, kMost * kColumns * sizeof(Acc));
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t i = 0; i < tiles; ++i) {
         const Range some = part(n, int(i), int(tiles));
         const int64_t m = some.end - some.begin;
-        multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
+        if (!nothing) multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
           for (int k = 0; k < count * kVectors; ++k) store(load(c + k * kWidth), o.gx + k * kWidth);
         });
         multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh,

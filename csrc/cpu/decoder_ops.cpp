@@ -15,7 +15,9 @@
 namespace seqkern {
 namespace {
 struct Inputs {
-  Tensor gx, feed0, h0;
+  Tensor gx;
+  Optional feed0;
+  Tensor h0;
   Optional c0;
   Tensors weights;
   Tensor keys, values, lengths;
@@ -132,9 +134,9 @@ struct Call {
     read();
   }
   void read() {
-    for (Tensor* t : {&in.gx, &in.feed0, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre})
+    for (Tensor* t : {&in.gx, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre})
       *t = dense(*t);
-    for (Optional* t : {&in.c0, &in.w_query, &in.v, &in.masks, &in.tokens}) *t = dense(*t);
+    for (Optional* t : {&in.feed0, &in.c0, &in.w_query, &in.v, &in.masks, &in.tokens}) *t = dense(*t);
     for (Tensor& w : in.weights) w = dense(w);
     DecoderArgs& a = args;
     a.gx = data(in.gx);
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(const Inputs& inp
   return {out, h_n, c_n, alpha, reserve};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Tensor feed0, Tensor h0, Optional c0,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional feed0, Tensor h0, Optional c0,
                                                            Tensors weights, Tensor keys, Tensor values, Tensor lengths,
                                                            Optional w_query, Optional v, Tensor w_pre, Tensor b_pre,
                                                            Optional masks, std::string cell, bool save,
@@ -219,7 +221,7 @@ Tensor like_if(bool wanted, const Tensor& like, const Optional& t, bool none) {
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, Tensor gx, Tensor feed0, Tensor h0,
+Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, Tensor gx, Optional feed0, Tensor h0,
                    Optional c0, Tensors weights, Tensor keys, Tensor values, Tensor lengths, Optional w_query,
                    Optional v, Tensor w_pre, Tensor b_pre, Optional masks, Tensor out, Tensor alpha, Tensor reserve,
                    std::string cell, bool need_sources, bool need_weights, bool need_masks, Optional tokens) {
@@ -241,7 +243,7 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
   Tensors dweights;
   for (const Tensor& w : weights)
     if (need_weights) dweights.push_back(like_if(true, gx, w, none));
-  Tensor dgx = none ? zeros(gx, sizes_of(gx)) : empty(gx, sizes_of(gx)), dfeed0 = empty(gx, sizes_of(feed0)), dh0 = empty(gx, sizes_of(h0));
+  Tensor dgx = none ? zeros(gx, sizes_of(gx)) : empty(gx, sizes_of(gx)), dfeed0 = like_if(true, gx, feed0, none), dh0 = empty(gx, sizes_of(h0));
   Tensor dc0 = lstm ? empty(gx, sizes_of(h0)) : empty(gx, {0});
   Tensor dkeys = like_if(need_sources, gx, keys, none), dvalues = like_if(need_sources, gx, values, none);
   Tensor dw_query = like_if(need_weights, gx, w_query, none), dv = like_if(need_weights, gx, v, none);
@@ -260,7 +262,7 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
   a.dc_n = lstm ? data(dc_n) : nullptr;
   a.dalpha = data(dalpha);
   a.dgx = data(dgx);
-  a.dfeed0 = data(dfeed0);
+  a.dfeed0 = feed0 ? data(dfeed0) : nullptr;
   a.dh0 = data(dh0);
   a.dc0 = data(dc0);
   if (need_sources) {

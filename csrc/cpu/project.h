@@ -78,6 +78,7 @@ template <class S> struct Project {
   struct Own {
     Rows<S> left;  // [kBlock, K + A] gradients of keys and values side by side
     Sums sums;
+    Panels<Acc> x;  // [block rows, M] right-hand side of the sums
     Acc* wide;  // [tiles of a thread * kTile][M] sums that the output's type cannot hold
     Acc* bias;  // [tiles of a thread * kTile]
   };
@@ -85,11 +86,17 @@ template <class S> struct Project {
   Panels<S> transposed(Arena& m) const {
     return m.panels<S>(a.dx ? wide_panels<S>(a.input) : 0, columns(), kWide, false);
   }
+  // Rows whose x stays in L2 beside what else is read.
+  int64_t block_rows() const {
+    constexpr int64_t kNear = 576 << 10;
+    return min64(Sums::kMostRows, max64(128, kNear / (a.input * int64_t(sizeof(Acc))) / 8 * 8));
+  }
   Own own(Arena& m) const {
     Own o;
     const int64_t most = ceil_div(tiles(0) + tiles(1), a.threads) * kTile;
     o.left = m.rows<S>(a.dx ? kBlock : 0, padded_row<S>(columns()), false);
-    o.sums = Sums::take(m, most ? a.input : 0);
+    o.sums = Sums::take(m, most ? block_rows() : 0);
+    o.x = m.panels<Acc>(wide_panels<Acc>(most ? a.input : 0), block_rows(), kWide, false);
     o.wide = m.take<Acc>(kDirect ? 0 : most * a.input);
     o.bias = m.take<Acc>(most);
     return o;
@@ -143,14 +150,14 @@ template <class S> struct Project {
   void weights(const Own& o, int tid) const {
     const Range own = part(tiles(0) + tiles(1), tid, a.threads);
     if (own.begin == own.end) return;
-    for (int64_t k0 = 0; k0 == 0 || k0 < a.rows; k0 += Sums::kBlockRows) {
-      const int64_t n = min64(Sums::kBlockRows, a.rows - k0);
-      for (int64_t k = 0; k < n; ++k) o.sums.put_row(k, (const S*)a.x + a.from[k0 + k] * a.input, a.input);
+    for (int64_t k0 = 0; k0 == 0 || k0 < a.rows; k0 += block_rows()) {
+      const int64_t n = min64(block_rows(), a.rows - k0);
+      for (int64_t k = 0; k < n; ++k) put_row(o.x, k, (const S*)a.x + a.from[k0 + k] * a.input, a.input);
       each_tile(own, [&](const Projection& of, int64_t j, int64_t count, int64_t at) {
         o.sums.take_columns(n, count, [&](int64_t k) { return (const S*)of.dy + a.to[k0 + k] * of.columns + j; });
         Acc* to = o.wide + at * a.input;
         if constexpr (kDirect) to = (Acc*)of.dw + j * a.input;
-        o.sums.sum(count, n, a.input, to, k0 > 0);
+        o.sums.sum(o.x, count, {0, n}, a.input, to, k0 > 0);
         if (of.dbias) o.sums.sum_bias(n, count, o.bias + at, k0 > 0);
       });
     }

@@ -35,31 +35,27 @@ template <class S> void pack_weights(const S* w, int64_t n, int64_t k, const Pan
     }
 }
 
+// Row k of `to` from n elements of any storage type; zeros where `row` is null.
+template <class T, class Acc> SK_INL void put_row(const Panels<Acc>& to, int64_t k, const T* row, int64_t n) {
+  using V = Pack<Acc>;
+  if (!row) n = 0;
+  for (int64_t p = 0, j = 0; p == 0 || j < n; ++p)
+    for (int v = 0; v < kWide; ++v, j += V::kWidth) {
+      const int64_t lanes = n - j;
+      store(lanes >= V::kWidth ? load(row + j) : lanes > 0 ? load(row + j, lanes) : V(0),
+            to.panel(p) + (k * kWide + v) * V::kWidth);
+    }
+}
+
 // Sums over a block of rows: to[i][j] (+)= sum over k of left[k][i] x[k][j], a tile of rows i at a time.
 template <class Acc> struct TileSums {
   using V = Pack<Acc>;
   static constexpr int kWidth = V::kWidth, kTile = tile_rows(kWide), kLeft = 8;
-  static constexpr int64_t kBlockRows = 256;
+  static constexpr int64_t kMostRows = kLongest<Acc> * 3 / 2;  // one chain of additions
   static_assert(kTile <= kLeft);
-  Panels<Acc> x;  // [kBlockRows, n]
-  Acc* left;      // [kBlockRows + 1][kLeft] one tile's columns of the gradients
+  Acc* left;  // [rows + 1][kLeft] one tile's columns of the gradients
 
-  static TileSums take(Arena& m, int64_t n) {
-    TileSums s;
-    s.x = m.panels<Acc>(ceil_div(n, kWide * kWidth), kBlockRows, kWide, false);
-    s.left = m.take<Acc>(n ? (kBlockRows + 1) * kLeft : 0);
-    return s;
-  }
-  // Row k of x from n elements of any storage type.
-  template <class T> SK_INL void put_row(int64_t k, const T* row, int64_t n) const {
-    for (int64_t p = 0; p * kWide * kWidth < n; ++p) {
-      Acc* to = x.panel(p) + k * kWide * kWidth;
-      for (int v = 0; v < kWide; ++v) {
-        const int64_t j = (p * kWide + v) * kWidth, lanes = n - j;
-        store(lanes <= 0 ? V(0) : lanes >= kWidth ? load(row + j) : load(row + j, lanes), to + v * kWidth);
-      }
-    }
-  }
+  static TileSums take(Arena& m, int64_t rows) { return {m.take<Acc>(rows ? (rows + 1) * kLeft : 0)}; }
   // `count` columns of n rows, at(k) being where row k's begin.
   template <class At> SK_INL void take_columns(int64_t n, int64_t count, const At& at) const {
     if (count == kTile)
@@ -69,10 +65,14 @@ template <class Acc> struct TileSums {
       for (int64_t k = 0; k < n; ++k)
         for (int64_t r = 0; r < count; ++r) left[k * kLeft + r] = Acc(widen(at(k)[r]));
   }
-  void sum(int64_t count, int64_t k, int64_t n, Acc* to, bool add) const {
+  // Over the rows in `of`, to n columns.
+  void sum(const Panels<Acc>& x, int64_t count, Range of, int64_t n, Acc* to, bool add) const {
+    if (of.begin >= of.end && add) return;
     alignas(64) Acc c[kTile * kWide * kWidth];
+    const Left<Acc> from{left + of.begin * kLeft, 1, kLeft};
     for (int64_t p = 0; p * kWide * kWidth < n; ++p) {
-      tile_any<kWide>(int(count), TileArgs<Acc>{{left, 1, kLeft}, x.panel(p), k, nullptr, c, false});
+      const Acc* panel = x.panel(p) + of.begin * kWide * kWidth;
+      tile_any<kWide>(int(count), TileArgs<Acc>{from, panel, max64(0, of.end - of.begin), nullptr, c, false});
       for (int64_t r = 0; r < count; ++r)
         for (int v = 0; v < kWide; ++v) {
           const int64_t j = (p * kWide + v) * kWidth, lanes = n - j;

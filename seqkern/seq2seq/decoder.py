@@ -149,8 +149,6 @@ class Decoder(nn.Module):
         tokens = given if not dropping and self.vocab < given.numel() else None
         read = given if tokens is None else torch.arange(self.vocab, device=given.device)
         gx = nn.functional.linear(self.dropout(self.embedding(read)), w_embed, b_ih)
-        if feed is None:
-            feed = gx.new_zeros(given.size(1), self.pre.out_features)
         masks = None
         if dropping and self.num_layers > 1:
             masks = drop(gx.new_ones(given.size(0), self.num_layers - 1, given.size(1), self.hidden), self.dropout.p)

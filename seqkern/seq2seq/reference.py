@@ -86,7 +86,7 @@ def stack_step(
 
 def attention_decoder(
     gx: Tensor,
-    feed0: Tensor,
+    feed0: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -108,7 +108,7 @@ def attention_decoder(
 
     Args:
         gx: [T, B, G*H], the bottom layer's projection of the embedded target, W_ih e_t + b_ih, gates in torch's order.
-        feed0: [B, A].
+        feed0: [B, A], or None for zeros.
         h0: [L, B, H].
         c0: [L, B, H] for the LSTM, else None.
         weights: w_feed [G*H, A], w_hh [G*H, H], b_hh [G*H] of the bottom layer, then for each further layer
@@ -124,7 +124,8 @@ def attention_decoder(
         a [T, B, A], h_n [L, B, H], c_n [L, B, H] (LSTM; else empty), alpha [T, B, S].
     """
     gx = gx if tokens is None else embedding(tokens, gx)
-    h, c, feed = list(h0), None if c0 is None else list(c0), feed0
+    h, c = list(h0), None if c0 is None else list(c0)
+    feed = values.new_zeros(gx.size(1), values.size(2)) if feed0 is None else feed0
     scorer = Scorer(w_query, v)
     outputs, alphas = [], []
     for t in range(gx.size(0)):
