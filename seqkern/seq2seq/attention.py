@@ -59,7 +59,7 @@ def project(memory: Memory, attention: Attention, context: nn.Linear) -> Sources
     """Keys and values of a memory, batch-major; `context` [A, M] is the pre-output layer's part for the context."""
     values, key = memory.values, attention.key
     fused = values.device.type == "cpu" and functional.has_kernel(values.device, values.dtype)
-    if key is not None and fused and not functional.transformed():
+    if fused and key is not None and not functional.transformed():
         found = project_sources(values, memory.lengths.cpu(), key.weight, key.bias, context.weight)
         return Sources(*found, memory.lengths)
     values = values.transpose(0, 1).contiguous()  # copied once, not by each product forward and backward

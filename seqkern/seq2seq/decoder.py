@@ -141,16 +141,18 @@ class Decoder(nn.Module):
         a = reference.attentional_vector(y, weights, sources.values, self.pre.weight, self.pre.bias)
         return a, Carry(h, c, None), weights
 
+    def reads_table(self, places: int) -> bool:
+        """Whether input feeding projects the vocabulary, of which each place then reads its token's row: where it has
+        fewer rows than there are places, and no dropout makes places of a token differ."""
+        return self.vocab < places and not (self.training and self.dropout.p)
+
     def _feeding(self, given: Tensor, sources: reference.Sources, h: Tensor, c: Tensor | None, feed: Tensor | None):
         w_embed, b_ih, weights = self.split_weights()
-        dropping = self.training and self.dropout.p > 0
-        # Without dropout all places of a token have one projection: where there are fewer tokens than places, project
-        # the vocabulary.
-        tokens = given if not dropping and self.vocab < given.numel() else None
+        tokens = given if self.reads_table(given.numel()) else None
         read = given if tokens is None else torch.arange(self.vocab, device=given.device)
         gx = nn.functional.linear(self.dropout(self.embedding(read)), w_embed, b_ih)
         masks = None
-        if dropping and self.num_layers > 1:
+        if self.training and self.dropout.p and self.num_layers > 1:
             masks = drop(gx.new_ones(given.size(0), self.num_layers - 1, given.size(1), self.hidden), self.dropout.p)
         scorer = self.attention.scorer
         a, h, c_n, alpha = run_attention_decoder(
@@ -208,9 +210,18 @@ class Decoder(nn.Module):
         return Carry(h, c, h.new_zeros(h.size(1), self.pre.out_features) if self.input_feeding else None)
 
 
+def unfused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the fused operator does not do, of such a call; None where it does it."""
+    if device.type != "cpu":
+        return f"device {device.type}"
+    if not functional.has_kernel(device, dtype):
+        return f"dtype {str(dtype).removeprefix('torch.')}"
+    return "the transforms of torch.func and forward-mode derivatives" if functional.transformed() else None
+
+
 def run_attention_decoder(*args) -> Sequence[Tensor]:
     """`reference.attention_decoder`, on the fused operator where there is one: the only place that chooses."""
     gx, lengths = args[0], args[7]
-    if gx.device.type != "cpu" or not functional.has_kernel(gx.device, gx.dtype) or functional.transformed():
+    if unfused(gx.device, gx.dtype):
         return reference.attention_decoder(*args)
     return ops.run(*args[:7], lengths.cpu(), *args[8:])

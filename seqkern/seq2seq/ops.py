@@ -13,8 +13,8 @@ from . import reference
 attention_decoder = torch.ops.seqkern.attention_decoder.default
 attention_decoder_backward = torch.ops.seqkern.attention_decoder_backward.default
 
-# Places of attention_decoder's arguments; tokens come last.
-C0, WEIGHTS, KEYS, VALUES, LENGTHS, W_QUERY, V, W_PRE, B_PRE, MASKS = 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
+# Places of attention_decoder's arguments.
+C0, WEIGHTS, KEYS, VALUES, LENGTHS, W_QUERY, V, W_PRE, B_PRE, MASKS, CELL = range(3, 14)
 
 
 @torch.library.register_fake("seqkern::attention_decoder")
@@ -157,4 +157,5 @@ def run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if argument is not None
         for t in (argument if isinstance(argument, (list, tuple)) else [argument])
     )
-    return attention_decoder(*arguments[:14], save, *arguments[14:])[:4]
+    upto = CELL + 1
+    return attention_decoder(*arguments[:upto], save, *arguments[upto:])[:4]
