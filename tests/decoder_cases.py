@@ -77,7 +77,7 @@ def names(case: Case) -> list[str]:
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> list:
-    """The reference's arguments, weights as a list; values representable in `dtype`. Tokens only where there are some."""
+    """The reference's arguments, weights as a list; values representable in `dtype`; tokens where there are some."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):
@@ -94,15 +94,15 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> list:
         masks = (torch.rand(case.T, case.L - 1, case.B, case.H, generator=g) < 0.7).to(dtype) * 1.5
     tokens = None if case.V is None else torch.randint(case.V, (case.T, case.B), generator=g)
     gx = draw(case.T, case.B, rows) if tokens is None else draw(case.V, rows)
-    return [
+    arguments = [
         gx, draw(case.B, case.A) if case.fed else None, draw(case.L, case.B, case.H),
         draw(case.L, case.B, case.H) if case.cell == "lstm" else None, weights,
         draw(case.B, case.S, k, scale=2 * small if case.K is None else 1.0), draw(case.B, case.S, case.A),
         lengths_of(case),
         None if case.K is None else draw(k, case.H, scale=small), None if case.K is None else draw(k, scale=k**-0.5),
         draw(case.A, case.H, scale=small), draw(case.A), masks, case.cell,
-        *[] if tokens is None else [tokens],
     ]  # fmt: skip
+    return arguments if tokens is None else [*arguments, tokens]
 
 
 def cotangents(case: Case, dtype: torch.dtype) -> list[Tensor]:

@@ -15,7 +15,7 @@ struct Projection {
   void* y;           // [B*S, columns]: an output of forward
   // backward
   const void* dy;
-  void* dw;    // null with dbias: not wanted
+  void* dw;  // null with dbias: not wanted
   void* dbias;
 };
 

@@ -225,18 +225,19 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     const Layer w = layer(s, l);
     for (int64_t r = 0; r < n; ++r) cells(s, o, t, l, rows.begin + r, r);
     const Rows<S> d = operand(o.grads, grads(s.store, l, t, rows.begin));
-    if (l || t || a.dfeed0) wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
-      if (l == 0) return store(x, o.dfeed + r * lda + j);
-      if (a.masks) {
-        const int64_t b = rows.begin + r;
-        if (a.dmasks)
-          store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j,
-                lanes);
-        x = x * load(mask(t, l - 1, b) + j, lanes);
-      }
-      Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
-      store(load(at) + x, at);
-    });
+    if (l || t || a.dfeed0)
+      wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
+        if (l == 0) return store(x, o.dfeed + r * lda + j);
+        if (a.masks) {
+          const int64_t b = rows.begin + r;
+          if (a.dmasks)
+            store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j,
+                  lanes);
+          x = x * load(mask(t, l - 1, b) + j, lanes);
+        }
+        Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
+        store(load(at) + x, at);
+      });
     wide_product(d.at(0, kSkip * a.hidden), n, w.w_hh, a.hidden, (const Acc*)nullptr,
                  [&](int64_t r, int64_t j, int64_t, V x) { store(x, o.dh + (l * o.rows + r) * ldh + j); });
   }

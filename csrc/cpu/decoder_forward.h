@@ -150,9 +150,12 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
       for (int64_t i = 0; i < tiles; ++i) {
         const Range some = part(n, int(i), int(tiles));
         const int64_t m = some.end - some.begin;
-        if (!nothing) multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
-          for (int k = 0; k < count * kVectors; ++k) store(load(c + k * kWidth), o.gx + k * kWidth);
-        });
+        if (!nothing)
+          multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x,
+                             [&](int64_t, int64_t, int count, const Acc* c) {
+                               for (int k = 0; k < count * kVectors; ++k)
+                                 store(load(c + k * kWidth), o.gx + k * kWidth);
+                             });
         multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh,
                            [&](int64_t, int64_t, int count, const Acc* c) {
                              for (int k = 0; k < count; ++k)

@@ -134,8 +134,7 @@ struct Call {
     read();
   }
   void read() {
-    for (Tensor* t : {&in.gx, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre})
-      *t = dense(*t);
+    for (Tensor* t : {&in.gx, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre}) *t = dense(*t);
     for (Optional* t : {&in.feed0, &in.c0, &in.w_query, &in.v, &in.masks, &in.tokens}) *t = dense(*t);
     for (Tensor& w : in.weights) w = dense(w);
     DecoderArgs& a = args;
@@ -243,7 +242,8 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
   Tensors dweights;
   for (const Tensor& w : weights)
     if (need_weights) dweights.push_back(like_if(true, gx, w, none));
-  Tensor dgx = none ? zeros(gx, sizes_of(gx)) : empty(gx, sizes_of(gx)), dfeed0 = like_if(true, gx, feed0, none), dh0 = empty(gx, sizes_of(h0));
+  Tensor dgx = none ? zeros(gx, sizes_of(gx)) : empty(gx, sizes_of(gx)), dfeed0 = like_if(true, gx, feed0, none),
+         dh0 = empty(gx, sizes_of(h0));
   Tensor dc0 = lstm ? empty(gx, sizes_of(h0)) : empty(gx, {0});
   Tensor dkeys = like_if(need_sources, gx, keys, none), dvalues = like_if(need_sources, gx, values, none);
   Tensor dw_query = like_if(need_weights, gx, w_query, none), dv = like_if(need_weights, gx, v, none);

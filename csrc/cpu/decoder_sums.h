@@ -30,13 +30,14 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
     return s.grads + (l * rows() + t * a.batch + b) * grad_ld();
   }
 
-  // Sums with one left-hand side, of which groups of columns are taken once for all. A group has the gradients of a gate.
+  // Sums with one left-hand side, of which groups of columns are taken once for all. A group has the gradients of a
+  // gate.
   enum Source { kFeed, kBefore, kBelow, kTop };
   struct Sum {
     Source source;
-    int64_t layer, n;           // n columns of x
-    int64_t first, groups;      // of the left-hand side
-    const int* order;           // the gate of each group
+    int64_t layer, n;       // n columns of x
+    int64_t first, groups;  // of the left-hand side
+    const int* order;       // the gate of each group
     S *to, *bias;
   };
   struct Pass {
@@ -155,8 +156,7 @@ template <class C, class S> struct DecoderSums : Decoder<C, S> {
         continue;
       }
       const S* factor = mask(t, m.layer - 1, b);
-      for (int64_t j = 0; j < m.n; j += kWidth)
-        store(load(row + j, m.n - j) * load(factor + j, m.n - j), w.masked + j);
+      for (int64_t j = 0; j < m.n; j += kWidth) store(load(row + j, m.n - j) * load(factor + j, m.n - j), w.masked + j);
       put_row(to, k, w.masked, m.n);
     }
   }

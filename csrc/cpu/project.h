@@ -11,7 +11,7 @@ template <class S> struct Project {
   using V = Pack<Acc>;
   using Sums = TileSums<Acc>;
   static constexpr int kWidth = V::kWidth, kTile = Sums::kTile;
-  static constexpr int64_t kBlock = 20 * kTile;           // rows that stay in L2 beside a panel
+  static constexpr int64_t kBlock = 20 * kTile;              // rows that stay in L2 beside a panel
   static constexpr bool kDirect = sizeof(S) == sizeof(Acc);  // no wider place is needed for the sums
 
   const ProjectArgs& a;
@@ -79,8 +79,8 @@ template <class S> struct Project {
     Rows<S> left;  // [kBlock, K + A] gradients of keys and values side by side
     Sums sums;
     Panels<Acc> x;  // [block rows, M] right-hand side of the sums
-    Acc* wide;  // [tiles of a thread * kTile][M] sums that the output's type cannot hold
-    Acc* bias;  // [tiles of a thread * kTile]
+    Acc* wide;      // [tiles of a thread * kTile][M] sums that the output's type cannot hold
+    Acc* bias;      // [tiles of a thread * kTile]
   };
   int64_t tiles(int i) const { return a.of[i].dw ? ceil_div(a.of[i].columns, kTile) : 0; }
   Panels<S> transposed(Arena& m) const {
@@ -142,8 +142,7 @@ template <class S> struct Project {
         store(x, (S*)a.dx + a.from[r0 + r] * a.input + j, lanes);
       });
     }
-    for (int64_t r = none.begin; r < none.end; ++r)
-      memset((S*)a.dx + a.from[r] * a.input, 0, a.input * sizeof(S));
+    for (int64_t r = none.begin; r < none.end; ++r) memset((S*)a.dx + a.from[r] * a.input, 0, a.input * sizeof(S));
   }
 
   // This thread's share of the rows of both dW = dy^T x, summed over blocks of rows.

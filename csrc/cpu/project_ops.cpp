@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dkeys, Tensor dvalues
     return call.batch ? empty(call.x, sizes_of(t)) : zeros(call.x, sizes_of(t));
   };
   Tensor dmemory = like(need_memory, call.x), dw_key = like(need_weights, call.w_key);
-  Tensor db_key = like(need_weights && b_key, b_key ? *call.b_key : call.x), dw_value = like(need_weights, call.w_value);
+  Tensor db_key = like(need_weights && b_key, b_key ? *call.b_key : call.x),
+         dw_value = like(need_weights, call.w_value);
   if (call.batch) {
     a.dx = need_memory ? data(dmemory) : nullptr;
     a.of[0].dy = data(dkeys);

@@ -42,7 +42,9 @@ template <class T, class Acc> SK_INL void put_row(const Panels<Acc>& to, int64_t
   for (int64_t p = 0, j = 0; p == 0 || j < n; ++p)
     for (int v = 0; v < kWide; ++v, j += V::kWidth) {
       const int64_t lanes = n - j;
-      store(lanes >= V::kWidth ? load(row + j) : lanes > 0 ? load(row + j, lanes) : V(0),
+      store(lanes >= V::kWidth ? load(row + j)
+            : lanes > 0        ? load(row + j, lanes)
+                               : V(0),
             to.panel(p) + (k * kWide + v) * V::kWidth);
     }
 }

@@ -58,7 +58,7 @@ def _setup(ctx, inputs, output):
 
 
 def _saved(ctx) -> list:
-    """The tensors among attention_decoder's arguments up to the masks, in their order, and the others that were saved."""
+    """The tensors among attention_decoder's arguments up to the masks, in their order, and what else was saved."""
     tensors, others, weights = ctx.saved_tensors[:12], ctx.saved_tensors[12:16], ctx.saved_tensors[16:]
     return [*tensors[:WEIGHTS], list(weights), *tensors[WEIGHTS:]], others
 
@@ -70,10 +70,9 @@ def _backward(ctx, da, dh_n, dc_n, dalpha, _):
     arguments, (a, alpha, reserve, tokens) = _saved(ctx)
     need_sources = needed[KEYS] or needed[VALUES]
     need_weights = any(needed[WEIGHTS]) or any(needed[i] for i in (W_QUERY, V, W_PRE, B_PRE))
-    dgx, dfeed0, dh0, dc0, dweights, dkeys, dvalues, *rest = attention_decoder_backward(
-        da, dh_n, dc_n, dalpha, *arguments, a, alpha, reserve, ctx.cell, need_sources, need_weights, needed[MASKS],
-        tokens,
-    )
+    kept, needs = (a, alpha, reserve, ctx.cell), (need_sources, need_weights, needed[MASKS])
+    found = attention_decoder_backward(da, dh_n, dc_n, dalpha, *arguments, *kept, *needs, tokens)
+    dgx, dfeed0, dh0, dc0, dweights, dkeys, dvalues, *rest = found
     grads = [dgx, dfeed0, dh0, dc0, dweights or [None] * ctx.count, dkeys, dvalues, None, *rest]
     for i, flag in enumerate(needed[:13]):
         if i == WEIGHTS:
