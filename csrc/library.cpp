@@ -47,16 +47,23 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");
   // Recurrent layers with attention and input feeding over a whole target: seqkern/seq2seq/reference.py.
-  m.def("attention_decoder(Tensor gx, Tensor feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
+  m.def("attention_decoder(Tensor gx, Tensor? feed0, Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys,"
         " Tensor values, Tensor lengths, Tensor? w_query, Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks,"
-        " str cell, bool save) -> (Tensor a, Tensor h_n, Tensor c_n, Tensor alpha, Tensor reserve)");
+        " str cell, bool save, Tensor? tokens=None)"
+        " -> (Tensor a, Tensor h_n, Tensor c_n, Tensor alpha, Tensor reserve)");
   // What is not needed or not there comes back empty.
-  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor feed0,"
+  m.def("attention_decoder_backward(Tensor? da, Tensor? dh_n, Tensor? dc_n, Tensor? dalpha, Tensor gx, Tensor? feed0,"
         " Tensor h0, Tensor? c0, Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor? w_query,"
         " Tensor? v, Tensor w_pre, Tensor b_pre, Tensor? masks, Tensor a, Tensor alpha, Tensor reserve, str cell,"
-        " bool need_sources, bool need_weights, bool need_masks) -> (Tensor dgx, Tensor dfeed0, Tensor dh0, Tensor dc0,"
-        " Tensor[] dweights, Tensor dkeys, Tensor dvalues, Tensor dw_query, Tensor dv, Tensor dw_pre, Tensor db_pre,"
-        " Tensor dmasks)");
+        " bool need_sources, bool need_weights, bool need_masks, Tensor? tokens=None)"
+        " -> (Tensor dgx, Tensor dfeed0, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor dkeys, Tensor dvalues,"
+        " Tensor dw_query, Tensor dv, Tensor dw_pre, Tensor db_pre, Tensor dmasks)");
+  // Keys and values of the places before each length, batch-major; zeros elsewhere: seqkern/seq2seq/reference.py.
+  m.def("project_sources(Tensor memory, Tensor lengths, Tensor w_key, Tensor? b_key, Tensor w_value)"
+        " -> (Tensor keys, Tensor values)");
+  m.def("project_sources_backward(Tensor dkeys, Tensor dvalues, Tensor memory, Tensor lengths, Tensor w_key,"
+        " Tensor? b_key, Tensor w_value, bool need_memory, bool need_weights)"
+        " -> (Tensor dmemory, Tensor dw_key, Tensor db_key, Tensor dw_value)");
   // Searches, the whole loop: seqkern/seq2seq/compiled.py. `packed` holds a decoder's weights, opaque.
   m.def("search_pack(Tensor table, Tensor w_ih, Tensor b_ih, Tensor[] layers, Tensor[] sources, Tensor[] query,"
         " Tensor[] pre, Tensor[] out, str cell, str attention, int embedding) -> Tensor packed");

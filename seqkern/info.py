@@ -86,26 +86,8 @@ def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.d
     return Plan(f"cuda-{engines[0]}", why, call, split="\n".join(lines))
 
 
-def explain(module: nn.Module, batch: int, time: int, device: torch.device | str | None = None) -> Plan:
-    """Which engine would run `module` on [time, batch] input, and why.
-
-    Args:
-        module: a seqkern layer or cell. The dtype is that of its weights, or autocast's where that is on.
-        batch, time: B and T; a cell's time is 1 whatever is given.
-        device: where to; by default where the weights are.
-
-    Raises:
-        TypeError: module is something else, for instance torch.nn's own layer.
-        ValueError: batch is negative or time is not positive.
-    """
-    if not isinstance(module, _LAYERS + _CELLS):
-        hint = "; seqkern.accelerate makes it one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
-        raise TypeError(f"explain: module must be a seqkern layer or cell, got {type(module).__name__}{hint}")
-    if batch < 0 or time < 1:
-        raise ValueError(f"explain: batch must be at least 0 and time at least 1, got batch={batch}, time={time}")
-    is_cell = isinstance(module, _CELLS)
-    cell, time = (module._cell, 1) if is_cell else (module.mode.lower(), time)
-    weight = module.weight_hh if is_cell else module.weight_hh_l0
+def _placed(weight: torch.Tensor, device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
+    """Where a call would run, and in which dtype under autocast as it is now."""
     device = torch.device(weight.device if device is None else device)
     dtype = weight.dtype
     if (
@@ -114,6 +96,42 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         and dtype != torch.float64
     ):
         dtype = torch.get_autocast_dtype(device.type)
+    return device, dtype
+
+
+def _sequences(module: nn.Module, batch: int, time: int, device: torch.device | str | None) -> Plan | None:
+    from .seq2seq import plans  # which knows this module
+
+    weight = next(module.parameters(), None)
+    return None if weight is None else plans.plan(module, batch, time, *_placed(weight, device))
+
+
+def explain(module: nn.Module, batch: int, time: int, device: torch.device | str | None = None) -> Plan:
+    """Which engine would run `module` on [time, batch] input, and why.
+
+    Args:
+        module: a seqkern layer or cell, or a `Decoder` or `Seq2Seq` of seqkern.seq2seq. The dtype is that of its
+            weights, or autocast's where that is on.
+        batch, time: B and T; a cell's time is 1 whatever is given, a decoder's that of the target.
+        device: where to; by default where the weights are.
+
+    Raises:
+        TypeError: module is something else, for instance torch.nn's own layer.
+        ValueError: batch is negative or time is not positive.
+    """
+    if batch < 0 or time < 1:
+        raise ValueError(f"explain: batch must be at least 0 and time at least 1, got batch={batch}, time={time}")
+    if not isinstance(module, _LAYERS + _CELLS):
+        if isinstance(module, nn.Module) and (found := _sequences(module, batch, time, device)):
+            return found
+        hint = "; seqkern.accelerate makes it one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
+        raise TypeError(
+            f"explain: module must be a seqkern layer, cell, Decoder or Seq2Seq, got {type(module).__name__}{hint}"
+        )
+    is_cell = isinstance(module, _CELLS)
+    cell, time = (module._cell, 1) if is_cell else (module.mode.lower(), time)
+    weight = module.weight_hh if is_cell else module.weight_hh_l0
+    device, dtype = _placed(weight, device)
     sizes = f"T={time} B={batch} I={module.input_size} H={module.hidden_size}"
     call = f"{type(module).__name__} {_short(dtype)} on {device}, {sizes}"
     if not functional.has_kernel(device, dtype):

@@ -27,12 +27,17 @@ class Case:
     K: int | None = None  # additive scores with keys of that size; None: dot
     masked: bool = False
     lengths: tuple[int, ...] | None = None  # None: from 0 to S
+    V: int | None = None  # tokens, of that vocabulary, and gx a row for each
+    fed: bool = True  # False: no feed0, which stands for zeros
 
     @property
     def name(self) -> str:
         kind = "dot" if self.K is None else f"additive{self.K}"
         return (
-            f"{self.cell}_l{self.L}_{kind}_t{self.T}_s{self.S}_b{self.B}_h{self.H}_a{self.A}" + "_masks" * self.masked
+            f"{self.cell}_l{self.L}_{kind}_t{self.T}_s{self.S}_b{self.B}_h{self.H}_a{self.A}"
+            + "_masks" * self.masked
+            + (f"_v{self.V}" if self.V else "")
+            + "_unfed" * (not self.fed)
         )
 
 
@@ -49,6 +54,10 @@ CASES = (
     Case("rnn_tanh", 1, 7, 4, 8, 130, 64),
     Case("rnn_relu", 1, 3, 16, 4, 33, 16, K=64),
     Case("gru", 1, 30, 6, 12, 32, 48, K=32),
+    Case("gru", 1, 13, 4, 33, 33, 65, V=9, fed=False),
+    Case("lstm", 2, 4, 5, 3, 18, 7, K=9, masked=True, V=70, fed=False),
+    Case("rnn_relu", 2, 6, 3, 4, 17, 70, V=1),
+    Case("rnn_tanh", 1, 2, 3, 300, 5, 9, fed=False),
 )
 
 
@@ -63,12 +72,12 @@ def names(case: Case) -> list[str]:
     weights = ["w_feed", "w_hh0", "b_hh0"]
     for layer in range(1, case.L):
         weights += [f"{w}{layer}" for w in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    found = ["gx", "feed0", "h0", *["c0"] * (case.cell == "lstm"), *weights, "keys", "values"]
+    found = ["gx", *["feed0"] * case.fed, "h0", *["c0"] * (case.cell == "lstm"), *weights, "keys", "values"]
     return [*found, *["w_query", "v"] * (case.K is not None), "w_pre", "b_pre", *["masks"] * case.masked]
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> list:
-    """The operator's arguments up to the cell, weights as a list; values representable in `dtype`."""
+    """The reference's arguments, weights as a list; values representable in `dtype`; tokens where there are some."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):
@@ -83,14 +92,17 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> list:
     masks = None
     if case.masked:
         masks = (torch.rand(case.T, case.L - 1, case.B, case.H, generator=g) < 0.7).to(dtype) * 1.5
-    return [
-        draw(case.T, case.B, rows), draw(case.B, case.A), draw(case.L, case.B, case.H),
+    tokens = None if case.V is None else torch.randint(case.V, (case.T, case.B), generator=g)
+    gx = draw(case.T, case.B, rows) if tokens is None else draw(case.V, rows)
+    arguments = [
+        gx, draw(case.B, case.A) if case.fed else None, draw(case.L, case.B, case.H),
         draw(case.L, case.B, case.H) if case.cell == "lstm" else None, weights,
         draw(case.B, case.S, k, scale=2 * small if case.K is None else 1.0), draw(case.B, case.S, case.A),
         lengths_of(case),
         None if case.K is None else draw(k, case.H, scale=small), None if case.K is None else draw(k, scale=k**-0.5),
         draw(case.A, case.H, scale=small), draw(case.A), masks, case.cell,
     ]  # fmt: skip
+    return arguments if tokens is None else [*arguments, tokens]
 
 
 def cotangents(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -132,7 +144,9 @@ def evaluate(decoder, case: Case, arguments: list, dys: list[Tensor]) -> dict[st
 
 
 def operator(*arguments):
-    return ops.attention_decoder(*arguments, True)
+    """With everything kept that backward needs."""
+    upto = ops.CELL + 1
+    return ops.attention_decoder(*arguments[:upto], True, *arguments[upto:])
 
 
 @lru_cache(maxsize=64)

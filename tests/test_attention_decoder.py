@@ -15,7 +15,7 @@ def test_values_and_gradients(case, dtype):
     check(case, dtype, evaluate(operator, case, make(case, dtype), cotangents(case, dtype)))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[6]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[6], CASES[11]], ids=lambda c: c.name)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads(case, threads):
     """Any number of threads, by itself enough work for them."""
@@ -24,7 +24,7 @@ def test_threads(case, threads):
     check(case, torch.float32, evaluate(operator, case, make(case, torch.float32), cotangents(case, torch.float32)))
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[11]], ids=lambda c: c.name)
 def test_repeats_bit_for_bit(case):
     arguments, dys = make(case, torch.float32), cotangents(case, torch.float32)
     first, second = (evaluate(operator, case, arguments, dys) for _ in range(2))
@@ -79,7 +79,7 @@ def test_rows_of_length_zero():
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_batch_of_zero(cell):
-    case = Case(cell, 2, B=0, K=4, lengths=())
+    case = Case(cell, 2, B=0, K=4, lengths=(), V=None if cell == "gru" else 3)
     found = evaluate(operator, case, make(case, torch.float32), cotangents(case, torch.float32))
     assert found["a"].shape == (case.T, 0, case.A) and found["dw_pre"].abs().sum() == 0
 
@@ -117,6 +117,32 @@ def test_each_gradient_alone(case):
             alone[i].requires_grad_()
             (got,) = torch.autograd.grad(ops.run(*with_leaves(arguments, alone))[out], alone[i], dy)
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tokens_read_their_rows(threads):
+    """The same as gx with the rows looked up; a row's gradient is the sum over the places of its token."""
+    torch.set_num_threads(threads)
+    case = CASES[11]
+    arguments, dys = make(case, torch.float64), cotangents(case, torch.float64)
+    *inputs, tokens = arguments
+    table = inputs[0].requires_grad_()
+    plain = operator(table[tokens], *inputs[1:])
+    (want,) = torch.autograd.grad([plain[0], plain[1], plain[3]], table, dys)
+    found = operator(*arguments)
+    (got,) = torch.autograd.grad([found[0], found[1], found[3]], table, dys)
+    assert torch.equal(found[0], plain[0])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_no_feed_is_a_feed_of_zeros():
+    case = CASES[14]
+    arguments, dys = make(case, torch.float32), cotangents(case, torch.float32)
+    found = evaluate(operator, case, arguments, dys)
+    fed = Case(**{**case.__dict__, "fed": True})
+    zeros = evaluate(operator, fed, [arguments[0], torch.zeros(case.B, case.A), *arguments[2:]], dys)
+    for name, t in found.items():
+        torch.testing.assert_close(t, zeros[name], rtol=1e-5, atol=1e-5)
 
 
 def test_inference_keeps_nothing():

@@ -70,6 +70,23 @@ def test_weight(i, name):
     error(ADDITIVE, put_weight(i, lambda t: t.double()), f"{name} must be float32")
 
 
+@pytest.mark.parametrize(
+    "tokens, match",
+    [
+        (torch.tensor([[0, 4]]), r"tokens must be in \[0, V\) = \[0, 4\), got 4"),
+        (torch.tensor([[0, -1]]), r"tokens must be in \[0, V\) = \[0, 4\), got -1"),
+        (torch.tensor([[0, 1]], dtype=torch.int32), "tokens must be int64 on the CPU, got Int"),
+        (torch.tensor([0, 1]), r"tokens must be \[T, B\], got \[2\]"),
+        (torch.zeros(0, 2, dtype=torch.int64), r"must be at least 1, got \[0, "),
+    ],
+)
+def test_tokens(tokens, match):
+    case = Case("gru", T=1, B=2, V=4)
+    error(case, lambda arguments: arguments.__setitem__(-1, tokens), match)
+    error(case, put(GX, lambda t: t[..., 1:]), r"gx must be \[V, G\*H\] = \[4, 18\], got \[4, 17\]")
+    error(case, put(GX, lambda t: t[None]), r"gx must be \[V, G\*H\] beside tokens, got \[1, 4, 18\]")
+
+
 def test_dot_needs_keys_as_wide_as_the_state():
     error(DOT, put(KEYS, lambda t: t[..., 1:]), r"keys must be \[B, S, H\] without w_query, H = 6, got \[3, 5, 5\]")
 

@@ -11,6 +11,7 @@ SMALL = (
     Case("gru", 1, 2, 3, 2, 3, 2, lengths=(2, 3)),
     Case("lstm", 2, 2, 2, 2, 2, 3, K=2, masked=True, lengths=(0, 2)),
     Case("rnn_tanh", 2, 2, 2, 2, 2, 2, lengths=(1, 2)),
+    Case("gru", 1, 3, 2, 2, 2, 3, V=2, fed=False, lengths=(1, 2)),
 )
 each_small = pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 
@@ -68,7 +69,7 @@ def test_third_order():
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", [SMALL[0], SMALL[1], CASES[8]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[1], SMALL[3], CASES[8]], ids=lambda c: c.name)
 def test_opcheck(case):
     arguments = [
         [t.requires_grad_() for t in a] if isinstance(a, list)
@@ -76,16 +77,17 @@ def test_opcheck(case):
         else a
         for a in make(case, torch.float32)
     ]  # fmt: skip
-    torch.library.opcheck(ops.attention_decoder, (*arguments, True))
+    arguments, tokens = arguments[: ops.CELL + 1], arguments[ops.CELL + 1 :]
+    torch.library.opcheck(ops.attention_decoder, (*arguments, True, *tokens))
     with torch.no_grad():
-        a, _, _, alpha, reserve = ops.attention_decoder(*arguments, True)
+        a, _, _, alpha, reserve = ops.attention_decoder(*arguments, True, *tokens)
     *inputs, cell = arguments
     dys = cotangents(case, torch.float32)
     if cell != "lstm":
         dys.insert(2, None)
     for flags in ((True, True, True), (False, False, False)):
         torch.library.opcheck(
-            ops.attention_decoder_backward, (*dys, *inputs, a, alpha, reserve, cell, *flags),
+            ops.attention_decoder_backward, (*dys, *inputs, a, alpha, reserve, cell, *flags, *tokens),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

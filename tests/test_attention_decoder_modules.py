@@ -82,6 +82,30 @@ def test_compiled(attention, cell):
     assert_same(gradients(compiled, given, memory, state), gradients(m.decoder, given, memory, state))
 
 
+def test_a_table_of_the_vocabulary_or_of_the_places():
+    """With fewer tokens than places the projected vocabulary is read, else each place is projected."""
+    m, (source, lengths, given) = model(), batch()
+    seen = []
+    fused = ops.run
+    with mock.patch.object(ops, "run", lambda *a: seen.append(a[0].shape) or fused(*a)):
+        whole = gradients(m, source, lengths, given)
+        memory, state = m.encode(source, lengths)
+        first = m.decoder(given[:2], memory, state)
+        m.train()
+        m.decoder.dropout.p = 0.5
+        m(source, lengths, given)
+    assert seen == [(V, 21), (2, B, 21), (T, B, 21)]
+    torch.testing.assert_close(first, whole[0][:2], rtol=1e-5, atol=1e-6)
+
+
+def test_the_embedding_of_padding_gets_no_gradient():
+    m, (source, lengths, given) = model(), batch()
+    given[3:] = 0
+    gradients(m, source, lengths, given)
+    grad = m.decoder.embedding.weight.grad
+    assert (grad[0] == 0).all() and (grad[given[:3]] != 0).any(-1).all()
+
+
 def calls(function) -> list[str]:
     """Which of the two ran."""
     seen = []

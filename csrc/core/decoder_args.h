@@ -16,9 +16,10 @@ struct DecoderWeights {  // of a layer
 };
 
 struct DecoderArgs {
-  int64_t steps, batch, hidden, layers, source, key, vector;
-  const void* gx;                 // [T, B, G*H]
-  const void* feed0;              // [B, A]
+  int64_t steps, batch, hidden, layers, source, key, vector, vocab;
+  const void* gx;                 // [T, B, G*H], or with tokens [V, G*H]: a row for each token
+  const int64_t* tokens;          // [T, B] in [0, V), or null
+  const void* feed0;              // [B, A]; null: zeros
   const void* h0;                 // [L, B, H]
   const void* c0;                 // [L, B, H] (LSTM) or null
   const DecoderWeights* weights;  // [L]
@@ -42,8 +43,8 @@ struct DecoderArgs {
   const void* dh_n;                // [L, B, H]
   const void* dc_n;                // [L, B, H]
   const void* dalpha;              // [T, B, S]
-  void* dgx;                       // [T, B, G*H]
-  void* dfeed0;                    // [B, A]
+  void* dgx;                       // as gx
+  void* dfeed0;                    // [B, A]; null without feed0
   void* dh0;                       // [L, B, H]
   void* dc0;                       // [L, B, H]
   const DecoderWeights* dweights;  // [L]; null with the next four

@@ -6,6 +6,7 @@
 #include "../core/cells.h"
 #include "../core/decoder_args.h"
 #include "decoder_attention.h"
+#include "wide.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
@@ -23,11 +24,13 @@ template <class C, class S> struct Decoder {
   explicit Decoder(const DecoderArgs& args)
       : a(args), ldh(padded(a.hidden)), ldk(padded(a.key)), lda(padded(a.vector)) {}
 
-  static int64_t padded(int64_t n) { return ceil_div(n, kWideColumns) * kWideColumns + 32; }
+  static int64_t padded(int64_t n) { return padded_row<S>(n); }
   static int64_t wide_panels(int64_t n) { return ceil_div(n, kWideColumns); }
   bool additive() const { return a.w_query != nullptr; }
   int64_t input(int64_t layer) const { return layer ? a.hidden : a.vector; }
   Range rows_of(int tid) const { return part(a.batch, tid, a.threads); }
+  // The bottom layer's projected input of row b at step t, in units of G*H.
+  int64_t given(int64_t t, int64_t b) const { return a.tokens ? a.tokens[t * a.batch + b] : t * a.batch + b; }
   int64_t most_rows() const { return ceil_div(a.batch, a.threads); }
 
   S* kept(int64_t t, int64_t layer, int64_t b) const {
@@ -42,21 +45,5 @@ template <class C, class S> struct Decoder {
   }
   SK_INL void meet_all() const { meet(*a.barrier, a.threads); }
 };
-
-// C = A B in wide panels, use(row, column, lanes, value) for each vector of C's first n columns.
-template <class S, class Use>
-SK_INL void wide_product(const Rows<S>& left, int64_t rows, const Panels<S>& b, int64_t n,
-                         const typename AccOf<S>::Type* init, const Use& use) {
-  constexpr int kWidth = Pack<typename AccOf<S>::Type>::kWidth, kColumns = kWide * kWidth;
-  multiply<kWide>(left, rows, b, 0, ceil_div(n, kColumns), init,
-                  [&](int64_t panel, int64_t r0, int count, const typename AccOf<S>::Type* c) {
-                    for (int r = 0; r < count; ++r)
-                      for (int v = 0; v < kWide; ++v) {
-                        const int64_t j = panel * kColumns + v * kWidth;
-                        if (j >= n) break;
-                        use(r0 + r, j, n - j, load(c + r * kColumns + v * kWidth));
-                      }
-                  });
-}
 
 }}}  // namespace seqkern::SK_NS

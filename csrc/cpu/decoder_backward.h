@@ -13,7 +13,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   using Base::kWidth, Base::kSkip, Base::kDirect, Base::kWideColumns;
   using Base::rows_of, Base::kept, Base::kept_h, Base::kept_query, Base::mask, Base::meet_all, Base::grads,
       Base::grad_ld;
-  using Base::work, Base::sum_weights, Base::Base;
+  using Base::work, Base::sum_weights, Base::sum_tokens, Base::Base;
   using typename Base::Acc, typename Base::V, typename Base::Row, typename Base::Store, typename Base::Work;
 
   // Whether the stored gradients are operands as they are. Else each step's are rounded into buffers.
@@ -25,6 +25,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   struct Shared {
     Panels<S> w_query, w_pre;  // right-hand sides [K, H], [A, H]
     Acc* v;
+    Acc* tokens;  // [V][G*H] sums that the output's type cannot hold
     char* layers;
     Store store;
   };
@@ -64,6 +65,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     s.w_query = m.panels<S>(additive() ? wide_panels(a.hidden) : 0, a.key, kWide, false);
     s.w_pre = m.panels<S>(wide_panels(a.hidden), a.vector, kWide, false);
     s.v = m.take<Acc>(ldk);
+    s.tokens = m.take<Acc>(a.tokens && !kDirect ? a.vocab * C::kGates * a.hidden : 0);
     s.store.grads = m.take<Acc>(a.layers * rows() * grad_ld());
     s.store.pre = m.take<Acc>(rows() * lda);
     s.store.query = m.take<Acc>(additive() ? rows() * ldk : 0);
@@ -122,6 +124,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     f.leave(o, rows);
     if (args.dvalues) f.sum_sources(s, o, rows);
     f.meet_all();
+    if (args.tokens) f.sum_tokens(s.store, s.tokens, tid);
     if (!args.dw_pre) return;
     f.sum_weights(s.store, w, tid);
     if (f.additive() && tid == 0) f.sum_v(s);
@@ -222,18 +225,19 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
     const Layer w = layer(s, l);
     for (int64_t r = 0; r < n; ++r) cells(s, o, t, l, rows.begin + r, r);
     const Rows<S> d = operand(o.grads, grads(s.store, l, t, rows.begin));
-    wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
-      if (l == 0) return store(x, o.dfeed + r * lda + j);
-      if (a.masks) {
-        const int64_t b = rows.begin + r;
-        if (a.dmasks)
-          store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j,
-                lanes);
-        x = x * load(mask(t, l - 1, b) + j, lanes);
-      }
-      Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
-      store(load(at) + x, at);
-    });
+    if (l || t || a.dfeed0)
+      wide_product(d, n, w.w_x, input(l), (const Acc*)nullptr, [&](int64_t r, int64_t j, int64_t lanes, V x) {
+        if (l == 0) return store(x, o.dfeed + r * lda + j);
+        if (a.masks) {
+          const int64_t b = rows.begin + r;
+          if (a.dmasks)
+            store(x * load(kept_h(t, l - 1, b) + j, lanes), (S*)a.dmasks + (mask(t, l - 1, b) - (const S*)a.masks) + j,
+                  lanes);
+          x = x * load(mask(t, l - 1, b) + j, lanes);
+        }
+        Acc* at = o.dh + ((l - 1) * o.rows + r) * ldh + j;
+        store(load(at) + x, at);
+      });
     wide_product(d.at(0, kSkip * a.hidden), n, w.w_hh, a.hidden, (const Acc*)nullptr,
                  [&](int64_t r, int64_t j, int64_t, V x) { store(x, o.dh + (l * o.rows + r) * ldh + j); });
   }
@@ -253,13 +257,13 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
       for (int q = 0; q < C::kSaved; ++q) __builtin_prefetch(keep + (Base::kStride + q) * a.hidden + j, 0, 2);
       __builtin_prefetch(before + Base::kStride * a.hidden + j, 0, 2);
       for (int g = 0; g < C::kGrads; ++g) __builtin_prefetch(to + grad_ld() + g * a.hidden + j, 1, 2);
-      for (int g = 0; !l && g < C::kGates; ++g)
+      for (int g = 0; !l && !a.tokens && g < C::kGates; ++g)
         __builtin_prefetch((S*)a.dgx + ((t * a.batch + b + 1) * C::kGates + g) * a.hidden + j, 1, 2);
       V carry = load(o.carry + at);
       C::backward(saved, out, prev, load(o.dh + at), carry, grad);
       store(carry, o.carry + at);
       for (int g = 0; g < C::kGrads; ++g) put(grad[g], to, o.grads, r, g * a.hidden + j, lanes);
-      if (l) continue;
+      if (l || a.tokens) continue;
       for (int g = 0; g < C::kGates; ++g)
         store(grad[g], (S*)a.dgx + ((t * a.batch + b) * C::kGates + C::kOrder[g]) * a.hidden + j, lanes);
     }
@@ -268,7 +272,7 @@ template <class C, class S> struct DecoderBackward : DecoderSums<C, S> {
   void leave(const Own& o, Range rows) const {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t r = b - rows.begin;
-      for (int64_t j = 0; j < a.vector; ++j) narrow(o.dfeed[r * lda + j], ((S*)a.dfeed0)[b * a.vector + j]);
+      for (int64_t j = 0; a.dfeed0 && j < a.vector; ++j) narrow(o.dfeed[r * lda + j], ((S*)a.dfeed0)[b * a.vector + j]);
       for (int64_t l = 0; l < a.layers; ++l) {
         const Acc *dh = o.dh + (l * o.rows + r) * ldh, *carry = o.carry + (l * o.rows + r) * ldh;
         const int64_t to = (l * a.batch + b) * a.hidden;

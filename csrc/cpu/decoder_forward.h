@@ -104,12 +104,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   }
 
   void pack_wide(const S* w, int64_t n, int64_t k, const Panels<S>& to, int tid) const {
-    const Range p = part(wide_panels(n), tid, a.threads);
-    for (int64_t i = p.begin; i < p.end; ++i)
-      for (int v = 0; v < kWide; ++v) {
-        const int64_t j = i * kWideColumns + v * kWidth;
-        pack_columns(w + j * k, k, max64(0, min64(kWidth, n - j)), to, i, v);
-      }
+    pack_weights(w, n, k, to, part(wide_panels(n), tid, a.threads));
   }
   void pack(const Shared& s, int tid) const {
     const Range p = part(panels, tid, a.threads);
@@ -131,7 +126,7 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
   void enter(const Own& o, Range rows) const {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t r = b - rows.begin;
-      copy_row((const S*)a.feed0 + b * a.vector, o.feed, r, a.vector);
+      copy_row(a.feed0 ? (const S*)a.feed0 + b * a.vector : nullptr, o.feed, r, a.vector);
       for (int64_t l = 0; l < a.layers; ++l) {
         const S* h = (const S*)a.h0 + (l * a.batch + b) * a.hidden;
         copy_row(h, o.state(0, a.layers, l), r, a.hidden);
@@ -149,13 +144,18 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
     // Tile by tile, so that what the first product gives is still in L1 when the second meets it.
     constexpr int kMost = tile_rows(kVectors);
     const int64_t tiles = ceil_div(n, kMost);
+    const bool nothing = l == 0 && t == 0 && !a.feed0;  // to multiply, and no bias
+    if (nothing) memset(o.gx, 0, kMost * kColumns * sizeof(Acc));
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t i = 0; i < tiles; ++i) {
         const Range some = part(n, int(i), int(tiles));
         const int64_t m = some.end - some.begin;
-        multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x, [&](int64_t, int64_t, int count, const Acc* c) {
-          for (int k = 0; k < count * kVectors; ++k) store(load(c + k * kWidth), o.gx + k * kWidth);
-        });
+        if (!nothing)
+          multiply<kVectors>(x.at(some.begin), m, w.w_x, p, p + 1, w.b_x,
+                             [&](int64_t, int64_t, int count, const Acc* c) {
+                               for (int k = 0; k < count * kVectors; ++k)
+                                 store(load(c + k * kWidth), o.gx + k * kWidth);
+                             });
         multiply<kVectors>(h.at(some.begin), m, w.w_hh, p, p + 1, w.b_hh,
                            [&](int64_t, int64_t, int count, const Acc* c) {
                              for (int k = 0; k < count; ++k)
@@ -181,11 +181,11 @@ template <class C, class S> struct DecoderForward : Decoder<C, S> {
         gx[g] = load(from_x + (u * C::kGates + g) * kWidth);
         gh[g] = load(from_h + (u * C::kGates + g) * kWidth);
         if (l) continue;
-        const S* given = (const S*)a.gx + ((t * a.batch + b) * C::kGates + g) * a.hidden + j;
+        const S* from = (const S*)a.gx + (this->given(t, b) * C::kGates + g) * a.hidden + j;
         // For the next panel, or step: of many short streams the hardware foresees none.
         __builtin_prefetch(
-            lanes > kBlocks * kWidth ? given + kBlocks * kWidth : given - j + a.batch * C::kGates * a.hidden, 0, 2);
-        gx[g] = gx[g] + load(given, lanes);
+            lanes > kBlocks * kWidth ? from + kBlocks * kWidth : from - j + a.batch * C::kGates * a.hidden, 0, 2);
+        gx[g] = gx[g] + load(from, lanes);
       }
       Acc* held = o.carry + (l * o.rows + r) * ldh + j;
       V carry = load(held);

@@ -15,7 +15,9 @@
 namespace seqkern {
 namespace {
 struct Inputs {
-  Tensor gx, feed0, h0;
+  Tensor gx;
+  Optional feed0;
+  Tensor h0;
   Optional c0;
   Tensors weights;
   Tensor keys, values, lengths;
@@ -23,6 +25,7 @@ struct Inputs {
   Tensor w_pre, b_pre;
   Optional masks;
   std::string cell;
+  Optional tokens;
 };
 
 void check_sizes(const std::string& name, const Tensor& t, int64_t dims, const char* what, const char* letters) {
@@ -38,6 +41,16 @@ void check_lengths(const std::string& name, const Tensor& lengths, int64_t batch
     const int64_t n = ((const int64_t*)lengths.data_ptr())[b * lengths.stride(0)];
     STD_TORCH_CHECK(n >= 0 && n <= source, name, ": lengths must be in [0, S] = [0, ", source, "], got ", n);
   }
+}
+
+void check_tokens(const std::string& name, const Tensor& tokens, int64_t vocab) {
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_cpu(), name,
+                  ": tokens must be int64 on the CPU, got ", dtype_name(tokens.scalar_type()));
+  const Tensor plain = dense(tokens);
+  const int64_t* token = (const int64_t*)data(plain);
+  for (int64_t i = 0; i < plain.numel(); ++i)
+    STD_TORCH_CHECK(token[i] >= 0 && token[i] < vocab, name, ": tokens must be in [0, V) = [0, ", vocab, "), got ",
+                    token[i]);
 }
 
 void check_layers(const std::string& name, const Inputs& in, int64_t gates, int64_t layers, int64_t hidden,
@@ -79,12 +92,15 @@ struct Call {
     cell = cell_info(name);
     dtype = kernel_dtype(name, in.gx.scalar_type());
     DecoderArgs& a = args;
-    check_sizes(name, in.gx, 3, "gx", "[T, B, G*H]");
+    if (in.tokens) check_sizes(name, in.gx, 2, "gx", "[V, G*H] beside tokens");
+    else check_sizes(name, in.gx, 3, "gx", "[T, B, G*H]");
     check_sizes(name, in.h0, 3, "h0", "[L, B, H]");
     check_sizes(name, in.keys, 3, "keys", "[B, S, K]");
     check_sizes(name, in.values, 3, "values", "[B, S, A]");
-    a.steps = in.gx.size(0);
-    a.batch = in.gx.size(1);
+    if (in.tokens) check_sizes(name, *in.tokens, 2, "tokens", "[T, B]");
+    a.vocab = in.tokens ? in.gx.size(0) : 0;
+    a.steps = in.tokens ? in.tokens->size(0) : in.gx.size(0);
+    a.batch = in.tokens ? in.tokens->size(1) : in.gx.size(1);
     a.layers = in.h0.size(0);
     a.hidden = in.h0.size(2);
     a.source = in.keys.size(1);
@@ -94,7 +110,9 @@ struct Call {
                     ": T, L, S, H, K and A must be at least 1, got ",
                     text({a.steps, a.layers, a.source, a.hidden, a.key, a.vector}));
     const Wanted want{name, in.gx.scalar_type()};
-    want.check(in.gx, "gx", "[T, B, G*H]", {a.steps, a.batch, cell.gates * a.hidden});
+    if (in.tokens) want.check(in.gx, "gx", "[V, G*H]", {a.vocab, cell.gates * a.hidden});
+    else want.check(in.gx, "gx", "[T, B, G*H]", {a.steps, a.batch, cell.gates * a.hidden});
+    if (in.tokens) check_tokens(name, *in.tokens, a.vocab);
     want.check(in.h0, "h0", "[L, B, H]", {a.layers, a.batch, a.hidden});
     want.check(in.feed0, "feed0", "[B, A]", {a.batch, a.vector});
     const bool lstm = cell.cell == Cell::kLstm;
@@ -116,12 +134,12 @@ struct Call {
     read();
   }
   void read() {
-    for (Tensor* t : {&in.gx, &in.feed0, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre})
-      *t = dense(*t);
-    for (Optional* t : {&in.c0, &in.w_query, &in.v, &in.masks}) *t = dense(*t);
+    for (Tensor* t : {&in.gx, &in.h0, &in.keys, &in.values, &in.lengths, &in.w_pre, &in.b_pre}) *t = dense(*t);
+    for (Optional* t : {&in.feed0, &in.c0, &in.w_query, &in.v, &in.masks, &in.tokens}) *t = dense(*t);
     for (Tensor& w : in.weights) w = dense(w);
     DecoderArgs& a = args;
     a.gx = data(in.gx);
+    a.tokens = (const int64_t*)data(in.tokens);
     a.feed0 = data(in.feed0);
     a.h0 = data(in.h0);
     a.c0 = data(in.c0);
@@ -184,11 +202,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(const Inputs& inp
   return {out, h_n, c_n, alpha, reserve};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Tensor feed0, Tensor h0, Optional c0,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional feed0, Tensor h0, Optional c0,
                                                            Tensors weights, Tensor keys, Tensor values, Tensor lengths,
                                                            Optional w_query, Optional v, Tensor w_pre, Tensor b_pre,
-                                                           Optional masks, std::string cell, bool save) {
-  return run_forward({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell}, save);
+                                                           Optional masks, std::string cell, bool save,
+                                                           Optional tokens) {
+  return run_forward({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell, tokens},
+                     save);
 }
 
 // The kernels write every element, but there is no kernel call for a batch of 0.
@@ -200,11 +220,11 @@ Tensor like_if(bool wanted, const Tensor& like, const Optional& t, bool none) {
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, Tensor gx, Tensor feed0, Tensor h0,
+Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, Tensor gx, Optional feed0, Tensor h0,
                    Optional c0, Tensors weights, Tensor keys, Tensor values, Tensor lengths, Optional w_query,
                    Optional v, Tensor w_pre, Tensor b_pre, Optional masks, Tensor out, Tensor alpha, Tensor reserve,
-                   std::string cell, bool need_sources, bool need_weights, bool need_masks) {
-  Call call({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell});
+                   std::string cell, bool need_sources, bool need_weights, bool need_masks, Optional tokens) {
+  Call call({gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell, tokens});
   DecoderArgs& a = call.args;
   const Wanted want{cell, gx.scalar_type()};
   const bool lstm = call.cell.cell == Cell::kLstm;
@@ -222,7 +242,8 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
   Tensors dweights;
   for (const Tensor& w : weights)
     if (need_weights) dweights.push_back(like_if(true, gx, w, none));
-  Tensor dgx = empty(gx, sizes_of(gx)), dfeed0 = empty(gx, sizes_of(feed0)), dh0 = empty(gx, sizes_of(h0));
+  Tensor dgx = none ? zeros(gx, sizes_of(gx)) : empty(gx, sizes_of(gx)), dfeed0 = like_if(true, gx, feed0, none),
+         dh0 = empty(gx, sizes_of(h0));
   Tensor dc0 = lstm ? empty(gx, sizes_of(h0)) : empty(gx, {0});
   Tensor dkeys = like_if(need_sources, gx, keys, none), dvalues = like_if(need_sources, gx, values, none);
   Tensor dw_query = like_if(need_weights, gx, w_query, none), dv = like_if(need_weights, gx, v, none);
@@ -241,7 +262,7 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
   a.dc_n = lstm ? data(dc_n) : nullptr;
   a.dalpha = data(dalpha);
   a.dgx = data(dgx);
-  a.dfeed0 = data(dfeed0);
+  a.dfeed0 = feed0 ? data(dfeed0) : nullptr;
   a.dh0 = data(dh0);
   a.dc0 = data(dc0);
   if (need_sources) {

@@ -40,6 +40,7 @@ namespace seqkern {
   extern const CpuKernels kKernels;            \
   extern const RecurrenceKernels kRecurrences; \
   extern const DecoderKernels kDecoderKernels; \
+  extern const ProjectKernels kProjectKernels; \
   extern const SearchKernels kSearchKernels;   \
   }
 SK_BUILT(SK_DECLARE)
@@ -50,6 +51,7 @@ struct Isa {
   const CpuKernels* kernels;
   const RecurrenceKernels* recurrences;
   const DecoderKernels* decoder;
+  const ProjectKernels* project;
   const SearchKernels* search;
 };
 
@@ -84,7 +86,8 @@ std::vector<Isa> runnable() {
   std::vector<Isa> found;
 #define SK_LIST(isa) \
   if (can_run(#isa))                           \
-    found.push_back({#isa, &isa::kKernels, &isa::kRecurrences, &isa::kDecoderKernels, &isa::kSearchKernels});
+    found.push_back({#isa, &isa::kKernels, &isa::kRecurrences, &isa::kDecoderKernels, &isa::kProjectKernels, \
+                     &isa::kSearchKernels});
   SK_BUILT(SK_LIST)
   return found;
 }
@@ -118,5 +121,6 @@ std::string cpu_isas() {
 const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
 const RecurrenceKernels& cpu_recurrences() { return *chosen_isa().recurrences; }
 const DecoderKernels& decoder_kernels() { return *chosen_isa().decoder; }
+const ProjectKernels& project_kernels() { return *chosen_isa().project; }
 const SearchKernels& search_kernels() { return *chosen_isa().search; }
 }  // namespace seqkern

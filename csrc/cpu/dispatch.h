@@ -3,6 +3,7 @@
 #include <string>
 #include "../core/args.h"
 #include "../core/decoder_args.h"
+#include "../core/project_args.h"
 #include "../core/search_args.h"
 
 namespace seqkern {
@@ -10,6 +11,7 @@ namespace seqkern {
 // once; a name that is unknown or that this CPU cannot run is an error.
 const CpuKernels& cpu_kernels();
 const DecoderKernels& decoder_kernels();
+const ProjectKernels& project_kernels();
 const SearchKernels& search_kernels();
 const RecurrenceKernels& cpu_recurrences();
 std::string cpu_isas();  // those that this CPU can run, best last, separated by spaces

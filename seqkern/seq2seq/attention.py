@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from .. import functional
 from .encoder import Memory
 from .reference import Scorer, Sources, attention_weights
+from .sources import project_sources
 
 KINDS = ("none", "dot", "general", "bahdanau", "concat")
 
@@ -55,5 +57,10 @@ class Attention(nn.Module):
 
 def project(memory: Memory, attention: Attention, context: nn.Linear) -> Sources:
     """Keys and values of a memory, batch-major; `context` [A, M] is the pre-output layer's part for the context."""
-    values = memory.values.transpose(0, 1).contiguous()  # copied once, not by each product forward and backward
+    values, key = memory.values, attention.key
+    fused = values.device.type == "cpu" and functional.has_kernel(values.device, values.dtype)
+    if fused and key is not None and not functional.transformed():
+        found = project_sources(values, memory.lengths.cpu(), key.weight, key.bias, context.weight)
+        return Sources(*found, memory.lengths)
+    values = values.transpose(0, 1).contiguous()  # copied once, not by each product forward and backward
     return Sources(attention.keys(values), context(values), memory.lengths)

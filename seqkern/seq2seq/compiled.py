@@ -20,16 +20,22 @@ MAX_LAYERS = 16  # csrc/core/search_args.h
 MAX_TABLE = 32 << 20  # numbers in a table that is made whatever it costs
 
 
+def uncovered(decoder: Decoder, device: torch.device) -> str | None:
+    """What keeps the compiled searches from doing this decoder, which the reference then does; None: nothing."""
+    if device.type != "cpu":
+        return f"device {device.type}"
+    if type(decoder).step is not Decoder.step or type(decoder).sources is not Decoder.sources:
+        return f"{type(decoder).__name__} has a step or sources of its own"
+    if type(decoder.attention) not in (type(None), Attention):
+        return f"attention is a {type(decoder.attention).__name__}"
+    if decoder.num_layers > MAX_LAYERS:
+        return f"{decoder.num_layers} layers, more than {MAX_LAYERS}"
+    return "torch.compile is tracing" if torch.compiler.is_compiling() else None
+
+
 def covers(decoder: Decoder, device: torch.device) -> bool:
     """Whether the compiled searches do this decoder; the reference does the others."""
-    return (
-        device.type == "cpu"
-        and type(decoder).step is Decoder.step
-        and type(decoder).sources is Decoder.sources
-        and type(decoder.attention) in (type(None), Attention)
-        and decoder.num_layers <= MAX_LAYERS
-        and not torch.compiler.is_compiling()
-    )
+    return uncovered(decoder, device) is None
 
 
 def folding_pays(decoder: Decoder, tokens: int | None) -> bool:

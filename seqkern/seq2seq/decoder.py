@@ -114,7 +114,9 @@ class Decoder(nn.Module):
         `reference.attention_decoder`; without input feeding its w_feed is empty."""
         (w_ih, w_hh, b_ih, b_hh), *above = self._weights()
         size = self.embedding.embedding_dim
-        return w_ih[:, :size], b_ih, [w_ih[:, size:], w_hh, b_hh, *(w for layer in above for w in layer)]
+        # One split, whose gradient is one concatenation: two slices would each fill a matrix of zeros.
+        w_embed, w_feed = w_ih.split((size, w_ih.size(1) - size), 1)
+        return w_embed, b_ih, [w_feed, w_hh, b_hh, *(w for layer in above for w in layer)]
 
     def vectors(
         self, given: Tensor, memory: Memory, state: State, feed: Tensor | None = None
@@ -127,10 +129,10 @@ class Decoder(nn.Module):
         if given.size(0) == 0:
             raise ValueError(f"given must have at least one step, got {list(given.shape)}")
         h, c = state
-        x = self.dropout(self.embedding(given))
         sources = self.sources(memory)
         if self.input_feeding:
-            return self._feeding(x, sources, h, c, feed)
+            return self._feeding(given, sources, h, c, feed)
+        x = self.dropout(self.embedding(given))
         y, last = self.layers(x, h if c is None else (h, c))
         h, c = last if isinstance(last, tuple) else (last, None)
         if sources is None:
@@ -139,17 +141,22 @@ class Decoder(nn.Module):
         a = reference.attentional_vector(y, weights, sources.values, self.pre.weight, self.pre.bias)
         return a, Carry(h, c, None), weights
 
-    def _feeding(self, x: Tensor, sources: reference.Sources, h: Tensor, c: Tensor | None, feed: Tensor | None):
+    def reads_table(self, places: int) -> bool:
+        """Whether input feeding projects the vocabulary, of which each place then reads its token's row: where it has
+        fewer rows than there are places, and no dropout makes places of a token differ."""
+        return self.vocab < places and not (self.training and self.dropout.p)
+
+    def _feeding(self, given: Tensor, sources: reference.Sources, h: Tensor, c: Tensor | None, feed: Tensor | None):
         w_embed, b_ih, weights = self.split_weights()
-        gx = nn.functional.linear(x, w_embed, b_ih)
-        if feed is None:
-            feed = gx.new_zeros(x.size(1), self.pre.out_features)
+        tokens = given if self.reads_table(given.numel()) else None
+        read = given if tokens is None else torch.arange(self.vocab, device=given.device)
+        gx = nn.functional.linear(self.dropout(self.embedding(read)), w_embed, b_ih)
         masks = None
         if self.training and self.dropout.p and self.num_layers > 1:
-            masks = drop(gx.new_ones(x.size(0), self.num_layers - 1, x.size(1), self.hidden), self.dropout.p)
+            masks = drop(gx.new_ones(given.size(0), self.num_layers - 1, given.size(1), self.hidden), self.dropout.p)
         scorer = self.attention.scorer
         a, h, c_n, alpha = run_attention_decoder(
-            gx, feed, h, c, weights, *sources, *scorer, self.pre.weight, self.pre.bias, masks, self.mode
+            gx, feed, h, c, weights, *sources, *scorer, self.pre.weight, self.pre.bias, masks, self.mode, tokens
         )
         return a, Carry(h, None if c is None else c_n, a[-1]), alpha
 
@@ -203,9 +210,18 @@ class Decoder(nn.Module):
         return Carry(h, c, h.new_zeros(h.size(1), self.pre.out_features) if self.input_feeding else None)
 
 
+def unfused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the fused operator does not do, of such a call; None where it does it."""
+    if device.type != "cpu":
+        return f"device {device.type}"
+    if not functional.has_kernel(device, dtype):
+        return f"dtype {str(dtype).removeprefix('torch.')}"
+    return "the transforms of torch.func and forward-mode derivatives" if functional.transformed() else None
+
+
 def run_attention_decoder(*args) -> Sequence[Tensor]:
     """`reference.attention_decoder`, on the fused operator where there is one: the only place that chooses."""
     gx, lengths = args[0], args[7]
-    if gx.device.type != "cpu" or not functional.has_kernel(gx.device, gx.dtype) or functional.transformed():
+    if unfused(gx.device, gx.dtype):
         return reference.attention_decoder(*args)
     return ops.run(*args[:7], lengths.cpu(), *args[8:])

@@ -14,14 +14,13 @@ attention_decoder = torch.ops.seqkern.attention_decoder.default
 attention_decoder_backward = torch.ops.seqkern.attention_decoder_backward.default
 
 # Places of attention_decoder's arguments.
-C0, WEIGHTS, KEYS, VALUES, LENGTHS, W_QUERY, V, W_PRE, B_PRE, MASKS = 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
-ARGUMENTS = 15
+C0, WEIGHTS, KEYS, VALUES, LENGTHS, W_QUERY, V, W_PRE, B_PRE, MASKS, CELL = range(3, 14)
 
 
 @torch.library.register_fake("seqkern::attention_decoder")
-def _(gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell, save):
+def _(gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, cell, save, tokens=None):
     torch._check(cell in CELLS, lambda: f"cell must be one of {', '.join(CELLS)}, got {cell}")
-    steps, batch = gx.size(0), gx.size(1)
+    steps, batch = gx.shape[:2] if tokens is None else tokens.shape
     layers, hidden = h0.size(0), h0.size(2)
     kept = layers * (CELLS[cell].saved + 1) * hidden + (0 if v is None else v.size(0))
     return (
@@ -36,7 +35,7 @@ def _(gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pr
 @torch.library.register_fake("seqkern::attention_decoder_backward")
 def _(
     da, dh_n, dc_n, dalpha, gx, feed0, h0, c0, weights, keys, values, lengths, w_query, v, w_pre, b_pre, masks, a,
-    alpha, reserve, cell, need_sources, need_weights, need_masks,
+    alpha, reserve, cell, need_sources, need_weights, need_masks, tokens=None,
 ):  # fmt: skip
     def like(t, wanted=True):
         return gx.new_empty(t.shape if wanted and t is not None else (0,))
@@ -49,18 +48,18 @@ def _(
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.cell, _ = inputs
+    *tensors, ctx.cell, _, tokens = inputs
     weights = tensors.pop(WEIGHTS)
     a, _, c_n, alpha, reserve = output
     ctx.count = len(weights)
     ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, a, alpha, reserve, *weights)
+    ctx.save_for_backward(*tensors, a, alpha, reserve, tokens, *weights)
 
 
 def _saved(ctx) -> list:
-    """The tensors among attention_decoder's arguments, in their order, and the others that were saved."""
-    tensors, others, weights = ctx.saved_tensors[:12], ctx.saved_tensors[12:15], ctx.saved_tensors[15:]
+    """The tensors among attention_decoder's arguments up to the masks, in their order, and what else was saved."""
+    tensors, others, weights = ctx.saved_tensors[:12], ctx.saved_tensors[12:16], ctx.saved_tensors[16:]
     return [*tensors[:WEIGHTS], list(weights), *tensors[WEIGHTS:]], others
 
 
@@ -68,36 +67,36 @@ def _backward(ctx, da, dh_n, dc_n, dalpha, _):
     needed = list(ctx.needs_input_grad)
     if da is None and dh_n is None and dc_n is None and dalpha is None:
         return tuple([None] * ctx.count if i == WEIGHTS else None for i in range(len(needed)))
-    arguments, (a, alpha, reserve) = _saved(ctx)
+    arguments, (a, alpha, reserve, tokens) = _saved(ctx)
     need_sources = needed[KEYS] or needed[VALUES]
     need_weights = any(needed[WEIGHTS]) or any(needed[i] for i in (W_QUERY, V, W_PRE, B_PRE))
-    dgx, dfeed0, dh0, dc0, dweights, dkeys, dvalues, *rest = attention_decoder_backward(
-        da, dh_n, dc_n, dalpha, *arguments, a, alpha, reserve, ctx.cell, need_sources, need_weights, needed[MASKS]
-    )
+    kept, needs = (a, alpha, reserve, ctx.cell), (need_sources, need_weights, needed[MASKS])
+    found = attention_decoder_backward(da, dh_n, dc_n, dalpha, *arguments, *kept, *needs, tokens)
+    dgx, dfeed0, dh0, dc0, dweights, dkeys, dvalues, *rest = found
     grads = [dgx, dfeed0, dh0, dc0, dweights or [None] * ctx.count, dkeys, dvalues, None, *rest]
     for i, flag in enumerate(needed[:13]):
         if i == WEIGHTS:
             grads[i] = [g if n else None for g, n in zip(grads[i], flag, strict=True)]
         elif not flag:
             grads[i] = None
-    return (*grads, None, None)
+    return (*grads, *[None] * (len(needed) - len(grads)))  # none for cell, save and, where they were given, tokens
 
 
 torch.library.register_autograd("seqkern::attention_decoder", _backward, setup_context=_setup)
 
 
 def _double_setup(ctx, inputs, output):
-    *tensors, ctx.cell, ctx.need_sources, ctx.need_weights, ctx.need_masks = inputs
+    *tensors, ctx.cell, ctx.need_sources, ctx.need_weights, ctx.need_masks, tokens = inputs
     cotangents, arguments = tensors[:4], tensors[4:17]
     weights = arguments.pop(WEIGHTS)
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*cotangents, *arguments, *weights)
+    ctx.save_for_backward(tokens, *cotangents, *arguments, *weights)
 
 
 def _double_backward(ctx, *second):
     """Differentiates the reference's backward; see `ops.second_derivatives` for the aliases."""
-    saved = ctx.saved_tensors
+    tokens, *saved = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
 
     def alias(t):
@@ -113,7 +112,7 @@ def _double_backward(ctx, *second):
         tensors = [alias(t) for t in saved]
         cotangents, given, weights = tensors[:4], tensors[4:16], tensors[16:]
         arguments = [*given[:WEIGHTS], weights, *given[WEIGHTS:]]
-        outputs = reference.attention_decoder(*arguments, ctx.cell)
+        outputs = reference.attention_decoder(*arguments, ctx.cell, tokens)
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
         floating = [*given[:6], *given[7:]]  # all but lengths
         leaves = [t for t in (*floating, *weights) if t is not None]
@@ -157,4 +156,5 @@ def run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if argument is not None
         for t in (argument if isinstance(argument, (list, tuple)) else [argument])
     )
-    return attention_decoder(*arguments, save)[:4]
+    upto = CELL + 1
+    return attention_decoder(*arguments[:upto], save, *arguments[upto:])[:4]

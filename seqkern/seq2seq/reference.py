@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from ..reference import CELLS, State
 
@@ -29,6 +29,11 @@ class Scorer(NamedTuple):
     v: Tensor | None = None  # [K]
 
 
+def places_inside(lengths: Tensor, steps: int, device: torch.device) -> Tensor:
+    """[B, S], true before each row's length."""
+    return torch.arange(steps, device=device) < lengths.to(device).unsqueeze(-1)
+
+
 def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, scorer: Scorer) -> Tensor:
     """Softmax over the places before `lengths` of the scores: [..., B, S] from query [..., B, H] and keys [B, S, K].
 
@@ -38,11 +43,21 @@ def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, scorer: Scor
         scores = torch.einsum("...bk,bsk->...bs", query, keys)
     else:
         scores = torch.tanh(linear(query, scorer.w_query).unsqueeze(-2) + keys) @ scorer.v
-    inside = torch.arange(keys.size(1), device=keys.device) < lengths.to(keys.device).unsqueeze(-1)  # [B, S]
+    inside = places_inside(lengths, keys.size(1), keys.device)
     scores = scores.masked_fill(~inside, -torch.inf)
     # Where nothing is inside, a row of -inf would give NaN, in the gradient too.
     empty = (lengths.to(keys.device) <= 0).unsqueeze(-1)
     return torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(~inside, 0)
+
+
+def project_sources(
+    memory: Tensor, lengths: Tensor, w_key: Tensor, b_key: Tensor | None, w_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys W_key m + b_key [B, S, K] and values W_value m [B, S, A] of the places m before each row's length, zeros
+    from there on: memory [S, B, M], lengths [B] int64, w_key [K, M], b_key [K], w_value [A, M]."""
+    inside = places_inside(lengths, memory.size(0), memory.device).unsqueeze(-1)
+    rows = torch.where(inside, memory.transpose(0, 1), 0)
+    return torch.where(inside, linear(rows, w_key, b_key), 0), linear(rows, w_value)
 
 
 def attentional_vector(query: Tensor, weights: Tensor, values: Tensor, w_pre: Tensor, b_pre: Tensor) -> Tensor:
@@ -71,7 +86,7 @@ def stack_step(
 
 def attention_decoder(
     gx: Tensor,
-    feed0: Tensor,
+    feed0: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -84,6 +99,7 @@ def attention_decoder(
     b_pre: Tensor,
     masks: Tensor | None,
     cell: str,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Recurrent layers with attention and input feeding over a whole target (Luong et al. 2015, section 3.3).
 
@@ -92,7 +108,7 @@ def attention_decoder(
 
     Args:
         gx: [T, B, G*H], the bottom layer's projection of the embedded target, W_ih e_t + b_ih, gates in torch's order.
-        feed0: [B, A].
+        feed0: [B, A], or None for zeros.
         h0: [L, B, H].
         c0: [L, B, H] for the LSTM, else None.
         weights: w_feed [G*H, A], w_hh [G*H, H], b_hh [G*H] of the bottom layer, then for each further layer
@@ -102,11 +118,14 @@ def attention_decoder(
         w_pre: [A, H]; b_pre: [A].
         masks: [T, L-1, B, H], multiplied onto the h that goes up from layer to layer (dropout), or None.
         cell: a key of `seqkern.reference.CELLS`.
+        tokens: [T, B] int64; then gx is [V, G*H], a row for each token, and step t reads the rows of its tokens.
 
     Returns:
         a [T, B, A], h_n [L, B, H], c_n [L, B, H] (LSTM; else empty), alpha [T, B, S].
     """
-    h, c, feed = list(h0), None if c0 is None else list(c0), feed0
+    gx = gx if tokens is None else embedding(tokens, gx)
+    h, c = list(h0), None if c0 is None else list(c0)
+    feed = values.new_zeros(gx.size(1), values.size(2)) if feed0 is None else feed0
     scorer = Scorer(w_query, v)
     outputs, alphas = [], []
     for t in range(gx.size(0)):
