@@ -2,16 +2,16 @@
 
 import dataclasses
 import zlib
+from unittest import mock
 
-import host
+import host_operator
 import torch
 from cases import Case, Inputs, make_inputs
-from host_layer import named, sizes_of
 from oracle import distance, fault
 from torch import Tensor
 
 from seqkern import reference
-from seqkern.reference import CELLS, Options
+from seqkern.reference import Options
 
 MASKS = ("keep", "h_mask", "zone_h", "zone_c")
 
@@ -96,39 +96,21 @@ def evaluate(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Optio
 
 
 def run(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Options, seed: int = 1) -> dict[str, Tensor]:
-    """Outputs, all gradients and `flow` of the kernels on the host."""
-    module, dtype, lstm = host.load("step"), inputs.x.dtype, case.cell == "lstm"
-    sizes = sizes_of(case, dtype, False)
-    rows = {f"{n}_row": 0 if z is None or z.size(0) == 1 else z.size(1) for n in MASKS[2:] for z in [getattr(o, n)]}
-    sizes |= {"clip_value": o.clip_value, "clip_norm": o.clip_norm} | rows
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)
-
-    given = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, "lengths": o.lengths}
-    given |= {n: getattr(o, n) for n in MASKS} | dict(zip(case.weight_shapes, inputs.weights, strict=True))
-    steps = (case.T, case.B) if case.lengths is None else (case.N,)
-    forward = {"y": new(*steps, case.D * case.P), "h_n": new(case.D, case.B, case.P)}
-    if lstm:
-        forward["c_n"] = new(case.D, case.B, case.H)
-    saved = CELLS[case.cell].saved
-    kept = {"reserve": new(case.D, case.N, saved, case.H)} if saved else {}
-    if lstm and ("c_all" in cotangents or o.zone_c is not None):
-        kept["c_all"] = new(*steps, case.D * case.H)
-    engines = [module.layer(sizes, False, named(given), named(forward | kept), seed)["engine"]]
-    given |= {"y": forward["y"]} | kept | {f"d{n}": t for n, t in cotangents.items()}
-    backward = {"dx": new(*inputs.x.shape), "dh0": new(case.D, case.B, case.P)}
-    if lstm:
-        backward["dc0"] = new(case.D, case.B, case.H)
-    backward |= {f"d{name}": new(*shape) for name, shape in case.weight_shapes.items()}
-    backward["flow"] = new(2, case.D, case.N, max(case.H, case.P), dtype=wide(dtype))
-    engines.append(module.layer(sizes, True, named(given), named(backward), seed)["engine"])
-    assert engines == ["step", "step"]
-    found = forward | backward | {"flow": backward["flow"].sum(-1)}
-    if "c_all" in cotangents:
-        found["c_all"] = kept["c_all"]
-    absent = {n for n in ("h0", "c0") if getattr(inputs, n) is None}
-    return {n: t for n, t in found.items() if n[1:] not in absent}
+    """Outputs, all gradients and `flow` of the kernels on the host, each launch's threads in an order from `seed`."""
+    masks, last = [getattr(o, n) for n in MASKS], (o.lengths, o.clip_norm)
+    begin = (*inputs, *masks, o.clip_value)
+    with mock.patch.object(host_operator, "SEED", seed):
+        outputs = host_operator.option_layer(*begin, case.cell, case.bidirectional, "c_all" in cotangents, True, *last)
+        *found, c_all, reserve = outputs
+        given = [cotangents.get(n) for n in ("y", "h_n", "c_n", "c_all")]
+        dx, dh0, dc0, dweights, flow = host_operator.option_layer_backward(
+            *given, *begin, found[0], c_all, reserve, case.cell, case.bidirectional, True, True, True, *last
+        )
+    results = dict(zip(("y", "h_n", "c_n"), found, strict=True)) | {"c_all": c_all, "dx": dx, "dh0": dh0, "dc0": dc0}
+    absent = {"dc0", "c_n"} if case.cell != "lstm" else set()
+    absent |= {f"d{n}" for n in ("h0", "c0") if getattr(inputs, n) is None} | {"c_all"} - cotangents.keys()
+    results = {n: t for n, t in results.items() if n not in absent}
+    return results | {f"d{n}": t for n, t in zip(case.weight_shapes, dweights, strict=True)} | {"flow": flow.sum(-1)}
 
 
 def outcome(case: Case, dtype: torch.dtype, names: str, spoil=None) -> list[str]:
@@ -162,4 +144,3 @@ def cast_keep(o: Options, dtype: torch.dtype) -> Options:
     """The masks in dtype, keep in the type that its sums are in."""
     o = cast(o, dtype)
     return o if o.keep is None else dataclasses.replace(o, keep=o.keep.to(wide(dtype)))
-

@@ -15,14 +15,14 @@ namespace seqkern { namespace cuda { namespace {
 
 template <class Run> struct Layer : LayerBase<Run> {
   using Base = LayerBase<Run>;
-  using typename Base::Space;
+  using Base::Base;
   using Base::run, Base::call, Base::a, Base::cell, Base::io, Base::wide, Base::io_bytes, Base::wide_bytes, Base::gh,
       Base::kh, Base::D, Base::projected, Base::packed, Base::by_grid, Base::options, Base::ragged, Base::entering,
       Base::space, Base::sums, Base::sum_chunk, Base::piece, Base::shift, Base::over_rows, Base::over_all,
       Base::widen_state, Base::narrow_state, Base::initial_state, Base::side_by_side, Base::upload_starts, Base::gemm,
       Base::multiply, Base::multiply_states, Base::time, Base::step_at, Base::at_step, Base::permuted, Base::near,
       Base::most_rows, Base::grid, Base::min;
-  using Base::Base;
+  using typename Base::Space;
 
   // ---- forward
 
@@ -98,8 +98,8 @@ template <class Run> struct Layer : LayerBase<Run> {
         using C = decltype(c);
         using S = decltype(t);
         constexpr int kV = kLanes<S>;
-        const bool vector =
-            vectors<S>({f.b_ih[0], f.b_ih[1], f.b_hh[0], f.b_hh[1], f.y, f.reserve, f.h, f.carry}) && vector_options<S>();
+        const bool vector = vectors<S>({f.b_ih[0], f.b_ih[1], f.b_hh[0], f.b_hh[1], f.y, f.reserve, f.h, f.carry}) &&
+                            vector_options<S>();
         if (!options.any) {
           if (vector) return over_rows(forward_step<C, S, kV>, f, rows, a.hidden, kV);
           return over_rows(forward_step<C, S, 1>, f, rows, a.hidden);
@@ -182,8 +182,7 @@ template <class Run> struct Layer : LayerBase<Run> {
     c.scale = s.scale ? shift(s.scale, D * a.batch * wide_bytes) : nullptr;
     c.last = a.dc_n;
     with_storage(io, [&](auto t) { over_rows(leave_states<decltype(t)>, h, a.batch, a.output); });
-    if (cell.cell_state)
-      with_storage(io, [&](auto t) { over_rows(leave_states<decltype(t)>, c, a.batch, a.hidden); });
+    if (cell.cell_state) with_storage(io, [&](auto t) { over_rows(leave_states<decltype(t)>, c, a.batch, a.hidden); });
   }
   Ends ends(const Space& s, int64_t width, const void* from, void* to) const {
     Ends e{};

@@ -6,9 +6,7 @@
 #pragma once
 #include "step_options.cuh"
 
-namespace seqkern { namespace cuda {
-
-namespace {
+namespace seqkern { namespace cuda { namespace {
 
 // The outputs of a row that takes no part in the step; its state stays.
 template <class C, class S, int V>

@@ -4,8 +4,8 @@
 // H), G gates, K gradients kept for each unit (kGrads), D directions, S the storage type, W the type of sums (double
 // for double, else float).
 //
-// A kernel with options takes a struct that adds to the plain one, and is an instantiation of its own: a plain call pays
-// nothing for them.
+// A kernel with options takes a struct that adds to the plain one, and is an instantiation of its own: a plain call
+// pays nothing for them.
 #pragma once
 #include "../core/args.h"
 
@@ -61,13 +61,13 @@ struct BackwardStep {
   void* dgates;  // [D, N, K*H] S
   void* now;     // [D, B, K*H] S: each row's latest, for the next product
 };
-// What reaches the state that a step left is clipped, and multiplied by keep, when this step reads it: dh, past and carry
-// hold it as the step after wrote it.
+// What reaches the state that a step left is clipped, and multiplied by keep, when this step reads it: dh, past and
+// carry hold it as the step after wrote it.
 struct OptionBackwardStep : BackwardStep {
   static constexpr bool kOptions = true;
   LayerOptions o;
   Neighbours near;
-  void* past;         // [D, B, P] W: d(loss)/d(h) past the cell, by zoneout or, in a cell that carries h, its gate; or null
+  void* past;  // [D, B, P] W: d(loss)/d(h) past the cell, by zoneout or, in a cell that carries h, its gate; or null
   const void* scale;  // [2, D, B] W: factors for the gradients of h and c, where they are clipped by norm; or null
   bool of_h;          // dh is h's; else the projection's backward brought it, and has heeded the options on h
 };

@@ -1,7 +1,9 @@
-// Kernels of the `step` engine over all steps at once: what the weight gradients' products read, the sums of the biases'
-// gradients, copies between dtypes; and, with options, the state at a layer's ends and the norms of its gradients' rows.
-// Letters as in step_args.h.
+// Kernels of the `step` engine over all steps at once: what the weight gradients' products read, the sums of the
+// biases' gradients, copies between dtypes; and, with options, the state at a layer's ends and the norms of its
+// gradients' rows. Letters as in step_args.h.
 #pragma once
+#include "../core/random.h"
+#include "launch.h"
 #include "step_options.cuh"
 
 namespace seqkern { namespace cuda { namespace {
@@ -107,6 +109,17 @@ __global__ void __launch_bounds__(128) narrow_all(const void* from, const void* 
   Wide<S> x = ((const Wide<S>*)from)[i];
   if (add) x += ((const Wide<S>*)add)[i];
   narrow(x, ((S*)to)[i]);
+}
+
+template <class S> __global__ void __launch_bounds__(128) random_mask(Random r) {
+  const uint32_t key = random_key(*r.seed, r.stream);
+  S one, none;
+  narrow(Wide<S>(r.value), one);
+  narrow(Wide<S>(0), none);
+  for (int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; n < r.n; n += int64_t(gridDim.x) * blockDim.x) {
+    const uint32_t bits = random_bits(uint32_t(n), uint32_t(n >> 32) + key, key);
+    ((S*)r.to)[n] = int64_t(bits) < r.limit ? one : none;
+  }
 }
 
 __global__ void __launch_bounds__(128) upload_table(Table t) {

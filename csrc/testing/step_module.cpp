@@ -192,8 +192,8 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
   for (int64_t n : batch_sizes) starts.push_back(starts.back() + n);
   a.sizes = batch_sizes.data();
   a.starts = starts.data();
-  const Shape shape{call.cell, call.dtype, call.tf32, a.steps, a.batch, a.hidden, a.output, a.directions, a.x.packed,
-                    a.options.any};
+  const Shape shape{call.cell, call.dtype, call.tf32,    a.steps,    a.batch,
+                    a.hidden,  a.output,   a.directions, a.x.packed, a.options.any};
   const Plan plan = device.is_none() ? detail::step_plan("step: for a test")
                                      : (backward ? plan_backward : plan_forward)(shape, device_of(device));
   call.plan = &plan;
@@ -210,6 +210,14 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
   return done;
 }
 
+// to: an array of `dtype`, of 16-bit numbers as integers.
+void random(int dtype, int64_t seed, int64_t stream, int64_t limit, double value, const py::array& to) {
+  const host::Global seed_at("seed", &seed, sizeof seed), mask("mask", to.nbytes());
+  const Random r{seed_at.as<int64_t>(), stream, limit, value, to.size(), mask.as<void>()};
+  with_storage(Dtype(dtype), [&](auto t) { host_launch(random_mask<decltype(t)>, {3, 1, 1}, {128, 1, 1}, 0, 1, r); });
+  mask.copy_to(py::array(to).mutable_data());
+}
+
 }  // namespace
 }}  // namespace seqkern::cuda
 
@@ -221,6 +229,8 @@ void bind_step(py::module_& m) {
         "`outputs`; returns the engine and how many launches and products it took.",
         py::arg("sizes"), py::arg("backward"), py::arg("inputs"), py::arg("outputs"), py::arg("seed"),
         py::arg("device") = py::none());
+  m.def("random", cuda::random, "A random mask, by the kernel behind seqkern::_bernoulli.", py::arg("dtype"),
+        py::arg("seed"), py::arg("stream"), py::arg("limit"), py::arg("value"), py::arg("to"));
 }
 
 }}  // namespace seqkern::testing
