@@ -21,7 +21,7 @@ _KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A seed, [1] int64 on `device`, from `generator` or torch's own for the generator's device (default: the CPU)."""
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.randint(2**63 - 1, (1,), generator=generator, device=source).to(device)
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=source).to(device, non_blocking=True)
 
 
 def _hash(x: Tensor) -> Tensor:

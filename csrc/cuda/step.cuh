@@ -111,7 +111,8 @@ template <class C, class S, int V, class Step> SK_MATH void forward_rows(const S
 template <class C, class S, int V> __global__ void __launch_bounds__(128) forward_step(ForwardStep s) {
   forward_rows<C, S, V>(s);
 }
-template <class C, class S, int V> __global__ void __launch_bounds__(128) option_forward_step(OptionForwardStep s) {
+// Left to itself, ptxas spills a register here to have one block more on an SM.
+template <class C, class S, int V> __global__ void __launch_bounds__(128, 4) option_forward_step(OptionForwardStep s) {
   forward_rows<C, S, V>(s);
 }
 
@@ -255,7 +256,8 @@ template <class C, class S, int V, class Step> SK_MATH void backward_rows(const 
 template <class C, class S, int V> __global__ void __launch_bounds__(128) backward_step(BackwardStep s) {
   backward_rows<C, S, V>(s);
 }
-template <class C, class S, int V> __global__ void __launch_bounds__(128) option_backward_step(OptionBackwardStep s) {
+template <class C, class S, int V> __global__ void __launch_bounds__(128, 4)
+    option_backward_step(OptionBackwardStep s) {
   backward_rows<C, S, V>(s);
 }
 
