@@ -116,19 +116,22 @@ template <class C, class S, int V> __global__ void __launch_bounds__(128, 4) opt
   forward_rows<C, S, V>(s);
 }
 
+// The part of d(loss)/d(output) that comes from the steps after, or from the projection.
+template <class S, int V, class Args>
+SK_MATH void known_gradient(const Args& s, int64_t width, int d, int64_t b, int64_t j, Wide<S> (&dh)[V]) {
+  if constexpr (Args::kOptions)
+    if (s.of_h) return state_gradient<S>(s, width, d, b, j, pick(s.near.after, d) + b, dh);
+  load<V>(s.dh, (d * s.batch + b) * width + j, dh);
+}
 // d(loss)/d(output) of row b, units j to j + V, of a state with `width` units.
 template <class S, int V, class Args>
 SK_MATH void output_gradient(const Args& s, int64_t width, int d, int64_t b, int64_t j, Wide<S> (&dh)[V]) {
   const int64_t state = (d * s.batch + b) * width + j;
-  bool known = b < pick(s.known, d), of_h = false;
-  if constexpr (Args::kOptions) {
-    of_h = s.of_h;
-    known = known && (!of_h || inside(s.o, pick(s.near.time_after, d), b));
-    if (known && of_h) state_gradient<S>(s, width, d, b, j, pick(s.near.after, d) + b, dh);
-  }
-  if (known && !of_h) load<V>(s.dh, state, dh);
-  if (!known && s.dh_n) load_wide<S>(s.dh_n, state, dh);
-  else if (!known) clear(dh);
+  bool known = b < pick(s.known, d);
+  if constexpr (Args::kOptions) known = known && (!s.of_h || inside(s.o, pick(s.near.time_after, d), b));
+  if (known) known_gradient<S>(s, width, d, b, j, dh);
+  else if (s.dh_n) load_wide<S>(s.dh_n, state, dh);
+  else clear(dh);
   if (!s.dy.data) return;
   const int64_t first = pick(s.step.first, d);
   const int64_t at = s.dy.packed ? (first + b) * s.dy.row : first / s.batch * s.dy.step + b * s.dy.row;
@@ -144,18 +147,23 @@ SK_MATH void past_cell(const Args& s, int d, int64_t row, int64_t j, Wide<S> (&d
   if (s.o.zone_h) share<S>(s.o.zone_h, zone_h_at(s.o, row, d, s.output, j), past, dh);
 }
 
+// c of row `row` of all steps: of the reserve, unless zoneout came between.
+template <class C, class S, int V, class Step>
+SK_MATH void previous_cell(const Step& s, int d, int64_t row, int64_t j, Wide<S> (&c)[V]) {
+  if constexpr (Step::kOptions)
+    if (s.o.c_all) return load_wide<S>(s.o.c_all, (row * s.directions + d) * s.hidden + j, c);
+  load_wide<S>(s.reserve, ((d * s.all_rows + row) * C::kSaved + C::kSaved - 1) * s.hidden + j, c);
+}
 // The state that the step read: h for the GRU, c for the LSTM.
 template <class C, class S, int V, class Step>
 SK_MATH void previous(const Step& s, int d, int64_t b, int64_t j, Wide<S> (&prev)[V]) {
   const bool cell = C::kCarry == Carry::kCell;
   const int64_t row = pick(s.before, d) + b;
-  const void *initial = cell ? s.c0 : s.h0, *all = nullptr;
+  const void* initial = cell ? s.c0 : s.h0;
   bool fed = b < pick(s.fed, d);
-  if constexpr (Step::kOptions) fed = fed && inside(s.o, pick(s.near.time_before, d), b), all = s.o.c_all;
+  if constexpr (Step::kOptions) fed = fed && inside(s.o, pick(s.near.time_before, d), b);
   if (C::kCarry == Carry::kNone) clear(prev);
-  else if (fed && cell && all) load_wide<S>(all, (row * s.directions + d) * s.hidden + j, prev);
-  else if (fed && cell)
-    load_wide<S>(s.reserve, ((d * s.all_rows + row) * C::kSaved + C::kSaved - 1) * s.hidden + j, prev);
+  else if (fed && cell) previous_cell<C, S>(s, d, row, j, prev);
   else if (fed) load_wide<S>(s.y, (row * s.directions + d) * s.output + j, prev);
   else if (initial) load_wide<S>(initial, (d * s.batch + b) * s.hidden + j, prev);
   else clear(prev);
