@@ -97,7 +97,8 @@ def session(only: str | None, quick: bool) -> Session:
         return s
     chosen = ["-k", f"{only} or not (step or grid)"] if only else []
     tests = [PYTHON, "-m", "pytest", "-q", "-x" if quick else "--maxfail=20", *chosen]
-    s.run("tests", [*tests, "tests/test_cuda_engine.py", "tests/test_cuda_torch.py"], 200)
+    files = [f"tests/test_cuda_{name}.py" for name in ("engine", "torch", "options")]
+    s.run("tests", [*tests, *files], 240)
 
     limit = max(10, min(200, s.left() - 150))
     command = [PYTHON, "bench/run.py", "--device", "cuda", "--json", "bench/results", "--report"]

@@ -20,14 +20,15 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
         " bool need_dx, bool need_dw, bool tf32=False) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   // The same with what torch.nn's layers lack: seqkern/reference.py, `Options`. want_c: c of every step (LSTM), into
   // c_all, which backward needs too where it is not empty. want_flow: squares of d(loss)/dh and d(loss)/dc, [2, D, N, K]
-  // in K parts to be summed.
+  // in K parts to be summed. On the CPU neither lengths nor clip_norm: there packed rows and `recurrence` do these.
   m.def("option_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? keep,"
         " Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float clip_value, str cell, bool bidirectional, bool want_c,"
-        " bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor reserve)");
+        " bool save, Tensor? lengths=None, float clip_norm=0., bool tf32=False)"
+        " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor reserve)");
   m.def("option_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, Tensor x, Tensor? h0,"
         " Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? keep, Tensor? h_mask, Tensor? zone_h,"
         " Tensor? zone_c, float clip_value, Tensor y, Tensor c_all, Tensor reserve, str cell, bool bidirectional,"
-        " bool need_dx, bool need_dw, bool want_flow)"
+        " bool need_dx, bool need_dw, bool want_flow, Tensor? lengths=None, float clip_norm=0., bool tf32=False)"
         " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor flow)");
   // The recurrence alone, from projected inputs gx, with other cells than torch.nn's: seqkern/recurrence.py. read and
   // reserve are what backward needs; its impl in Python takes dw_hh from what _recurrence_backward gives.
@@ -78,7 +79,7 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
         " bool attention) -> (Tensor tokens, Tensor lengths, Tensor scores, Tensor attention)");
   m.def("_search_scratch(Tensor packed, int sources, int places, int beam) -> int");
   // A mask like `like` of the given size: `value` with probability p, else 0. Definition: seqkern/masks.py.
-  m.def("_cpu_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
+  m.def("_bernoulli(Tensor like, SymInt[] size, Tensor seed, int stream, float p, float value) -> Tensor");
   m.def("_build_info() -> str");                       // JSON: version, hash of csrc/, torch and CUDA archs of the build
   m.def("_cpu_isa() -> str");                          // the instruction set in use
   m.def("_cpu_isas() -> str");                         // those that this CPU can run
@@ -86,8 +87,9 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("_cpu_peak(str dtype, int threads) -> float");  // GF/s of multiply-adds on registers
   // The work split of a call: directions at once, parts of the batch, parts of the hidden units.
   m.def("_cpu_plan(int steps, int batch, int input, int hidden, int output, str cell, bool bidirectional) -> int[]");
-  // The engine that a call on CUDA device `device` would take, and its tiles: JSON. sizes: T, B, H, P.
-  m.def("_cuda_plan(int[] sizes, str cell, str dtype, bool tf32, bool bidirectional, bool backward, int device) -> str");
+  // The engine that a call on CUDA device `device` would take, and its tiles: JSON. sizes: T, B, H, P. options: any set.
+  m.def("_cuda_plan(int[] sizes, str cell, str dtype, bool tf32, bool bidirectional, bool backward, int device,"
+        " bool options=False) -> str");
 }
 
 namespace {

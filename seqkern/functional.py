@@ -25,6 +25,11 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type in KERNEL_DEVICES and dtype in KERNEL_DTYPES
 
 
+def takes_lengths(device: torch.device) -> bool:
+    """Whether the device's kernels take lengths, and bounds on norms. The CPU's want packed rows, and `recurrence`."""
+    return device.type == "cuda"
+
+
 def transformed() -> bool:
     """Whether vmap, jvp and the like are active, which differentiate or batch operation by operation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -109,8 +114,7 @@ def run_layer(
     """
     x, h, c = sequence
     check_devices(cell, x, (h, c, *weights))
-    # The CUDA kernels do not take the gradients' norms.
-    if has_kernel(x.device, x.dtype) and not transformed() and not (x.is_cuda and watch.listening()):
+    if has_kernel(x.device, x.dtype) and not transformed():
         save = torch.is_grad_enabled() and wants_grad(sequence, weights)
         if save and _plain_eager(x.device.type):
             tf32 = ops.tf32_allowed(x)

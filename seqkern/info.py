@@ -71,8 +71,10 @@ def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.d
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
     index = torch.cuda.current_device() if device.index is None else device.index
     lines, engines = [], []
+    arguments = (sizes, cell, _short(dtype), tf32, bidirectional)
     for name, backward in (("forward", False), ("backward", True)):
-        p = json.loads(torch.ops.seqkern._cuda_plan(sizes, cell, _short(dtype), tf32, bidirectional, backward, index))
+        with_options = options.in_kernels(getattr(module, "_settings", None), module.training, backward)
+        p = json.loads(torch.ops.seqkern._cuda_plan(*arguments, backward, index, with_options))
         engines.append(p["engine"])
         line = f"{name}: {p['why']}"
         if p["engine"] == "grid":

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (loading _C registers the operators)
+from . import ops
 
 _WORD = 0xFFFFFFFF
+_KERNEL_DEVICES = frozenset({"cpu", "cuda"} if ops.BUILT_WITH_CUDA else {"cpu"})
+_KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A seed, [1] int64 on `device`, from `generator` or torch's own for the generator's device (default: the CPU)."""
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.randint(2**63 - 1, (1,), generator=generator, device=source).to(device)
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=source).to(device, non_blocking=True)
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def bernoulli(like: Tensor, size: Sequence[int], seed: Tensor, stream: int, p: f
         stream: tells masks from one seed apart.
         p: in [0, 1]; rounded to a multiple of 2^-32.
     """
-    if like.device.type == "cpu" and like.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return torch.ops.seqkern._cpu_bernoulli(like.detach(), size, seed, stream, p, value)
+    if like.device.type in _KERNEL_DEVICES and like.dtype in _KERNEL_DTYPES:
+        return torch.ops.seqkern._bernoulli(like.detach(), size, seed, stream, p, value)
     count = torch.Size(size).numel()
     return torch.where(bits(seed, stream, count) < round(p * 2**32), value, 0.0).to(like.dtype).view(size)

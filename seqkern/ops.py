@@ -83,7 +83,7 @@ def _gradients(ctx, dy, dh_n, dc_n, needed, any_weight):
     else:
         dx, dh0, dc0, dweights, flow = torch.ops.seqkern.option_layer_backward(
             dy, dh_n, dc_n, None, x, h0, c0, weights, batch_sizes, *[None] * 4, 0.0, y, x.new_empty(0), reserve,
-            *options, True,
+            *options, True, None, 0.0, ctx.tf32,
         )  # fmt: skip
         watch.deliver(ctx.watcher, flow, x, batch_sizes)
     states = [g if n else None for g, n in zip((dx, dh0, dc0), needed, strict=True)]

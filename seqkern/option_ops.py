@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional, reference, watch
-from .ops import Sizes, register_autocast, second_derivatives
+from .ops import Sizes, register_autocast, second_derivatives, tf32_allowed
 from .reference import CELLS, Options
 
 option_layer = torch.ops.seqkern.option_layer.default
@@ -19,7 +19,9 @@ option_layer_backward = torch.ops.seqkern.option_layer_backward.default
 def covers(cell: str, sequence: Sequence[Tensor | None], weights: Sequence[Tensor], o: Options) -> bool:
     """Whether the fused operators do all of `o`; the reference does the rest."""
     x = sequence[0]
-    if x.device.type not in ("cpu", "meta") or not functional.has_kernel(x.device, x.dtype) or not fused(cell, o):
+    if o.variant or not functional.has_kernel(x.device, x.dtype):
+        return False
+    if not functional.takes_lengths(x.device) and (o.clip_norm or o.lengths is not None):
         return False
     if o.keep is not None and o.keep.requires_grad and torch.is_grad_enabled():
         return False
@@ -28,9 +30,9 @@ def covers(cell: str, sequence: Sequence[Tensor | None], weights: Sequence[Tenso
     return not cell.startswith("rnn") or training or not torch.is_grad_enabled()
 
 
-def fused(cell: str, o: Options) -> bool:
-    """`covers`, as far as it follows from how a layer was built."""
-    return not (o.variant or o.clip_norm or o.lengths is not None)
+def last_arguments(x: Tensor, o: Options) -> tuple[Tensor | None, float, bool]:
+    """Of both operators."""
+    return o.lengths, o.clip_norm, tf32_allowed(x)
 
 
 def layer(
@@ -40,11 +42,15 @@ def layer(
     """y, h_n, c_n and, with want_c, c of every step."""
     save = torch.is_grad_enabled() and functional.wants_grad(sequence, weights)
     masks = (o.keep, o.h_mask, o.zone_h, o.zone_c, o.clip_value)
-    return option_layer(*sequence, weights, batch_sizes, *masks, cell, bidirectional, want_c, save)[:4]
+    last = last_arguments(sequence[0], o)
+    return option_layer(*sequence, weights, batch_sizes, *masks, cell, bidirectional, want_c, save, *last)[:4]
 
 
 @torch.library.register_fake("seqkern::option_layer")
-def _(x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, cell, bidirectional, want_c, save):
+def _(
+    x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, cell, bidirectional, want_c, save,
+    lengths=None, clip_norm=0.0, tf32=False,
+):  # fmt: skip
     s = Sizes(x, weights, batch_sizes, cell, bidirectional)
     batch, lstm = s.batch(x, h0, c0), cell == "lstm"
     return (
@@ -59,27 +65,29 @@ def _(x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value,
 
 
 def _setup(ctx, inputs, output):
-    x, h0, c0, weights, batch_sizes, *masks, ctx.clip, ctx.cell, ctx.bidirectional, want_c, _ = inputs
+    x, h0, c0, weights, batch_sizes, *masks, ctx.clip, ctx.cell, ctx.bidirectional, want_c, _ = inputs[:14]
+    lengths, ctx.clip_norm, ctx.tf32 = inputs[14:]
     y, _, c_n, c_all, reserve = output
     ctx.count = len(weights)
     ctx.watcher = watch.claim()
     lstm = ctx.cell == "lstm"
     ctx.mark_non_differentiable(reserve, *([] if lstm else [c_n]), *([] if lstm and want_c else [c_all]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, batch_sizes, *masks, y, c_all, reserve, *weights)
+    ctx.save_for_backward(x, h0, c0, batch_sizes, *masks, y, c_all, reserve, lengths, *weights)
 
 
 def _backward(ctx, dy, dh_n, dc_n, dc_all, _):
     saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
-    x, h0, c0, batch_sizes, *masks, y, c_all, reserve = saved[:11]
-    weights = list(saved[11:])
+    x, h0, c0, batch_sizes, *masks, y, c_all, reserve, lengths = saved[:12]
+    weights = list(saved[12:])
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
-    nothing = [None] * 10
+    nothing = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
         return None, None, None, [None] * ctx.count, *nothing
     dx, dh0, dc0, dweights, flow = option_layer_backward(
         dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes, *masks, ctx.clip, y, c_all, reserve,
-        ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.watcher is not None,
+        ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.watcher is not None, lengths, ctx.clip_norm,
+        ctx.tf32,
     )  # fmt: skip
     if ctx.watcher is not None:
         watch.deliver(ctx.watcher, flow, x, batch_sizes)
@@ -99,16 +107,17 @@ torch.library.register_autograd("seqkern::option_layer", _backward, setup_contex
 @torch.library.register_fake("seqkern::option_layer_backward")
 def _(
     dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, y, c_all,
-    reserve, cell, bidirectional, need_dx, need_dw, want_flow,
+    reserve, cell, bidirectional, need_dx, need_dw, want_flow, lengths=None, clip_norm=0.0, tf32=False,
 ):  # fmt: skip
     s = Sizes(x, weights, batch_sizes, cell, bidirectional)
     batch = s.batch(x, h0, c0, dh_n, dc_n)
+    units = 1 if x.is_cuda else 8  # that share an element of flow
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(s.directions, batch, s.output),
         x.new_empty(s.directions, batch, s.hidden) if cell == "lstm" else x.new_empty(0),
         [w.new_empty(w.shape) for w in weights] if need_dw else [],
-        x.new_empty(2, s.directions, s.rows, (max(s.hidden, s.output) + 7) // 8, dtype=s.sums)
+        x.new_empty(2, s.directions, s.rows, (max(s.hidden, s.output) + units - 1) // units, dtype=s.sums)
         if want_flow
         else x.new_empty(0),
     )
@@ -118,27 +127,28 @@ def _double_setup(ctx, inputs, output):
     dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes = inputs[:9]
     ctx.cell, ctx.bidirectional, ctx.need_dx, ctx.need_dw = inputs[17:21]
     ctx.mark_non_differentiable(output[4])
-    ctx.clip, ctx.count = inputs[13], len(weights)
+    ctx.clip, ctx.count, ctx.clip_norm = inputs[13], len(weights), inputs[23]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dy, dh_n, dc_n, dc_all, x, h0, c0, batch_sizes, *inputs[9:13], *weights)
+    ctx.save_for_backward(dy, dh_n, dc_n, dc_all, x, h0, c0, batch_sizes, *inputs[9:13], inputs[22], *weights)
 
 
 def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
     saved = ctx.saved_tensors
-    cotangents, (x, h0, c0, batch_sizes, *masks), weights = saved[:4], saved[4:12], list(saved[12:])
-    options = Options(**dict(zip(("keep", "h_mask", "zone_h", "zone_c"), masks, strict=True)), clip_value=ctx.clip)
+    cotangents, (x, h0, c0, batch_sizes, *masks), weights = saved[:4], saved[4:13], list(saved[13:])
+    named = dict(zip(("keep", "h_mask", "zone_h", "zone_c", "lengths"), masks, strict=True))
+    options = Options(**named, clip_value=ctx.clip, clip_norm=ctx.clip_norm)
 
     def layer(x, h0, c0, weights):
         return reference.layer_with(options, x, h0, c0, weights, batch_sizes, ctx.cell, ctx.bidirectional)
 
     grads = second_derivatives(ctx, second[:4], layer, cotangents, (x, h0, c0, *weights))
-    return (*grads[:7], grads[7:], *[None] * 14)
+    return (*grads[:7], grads[7:], *[None] * (len(ctx.needs_input_grad) - 8))
 
 
 torch.library.register_autograd("seqkern::option_layer_backward", _double_backward, setup_context=_double_setup)
 
 
-@torch.library.register_fake("seqkern::_cpu_bernoulli")
+@torch.library.register_fake("seqkern::_bernoulli")
 def _(like, size, seed, stream, p, value):
     return like.new_empty(size)
 

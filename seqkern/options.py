@@ -58,19 +58,23 @@ def by_rows(settings: Settings | None) -> str:
 
 
 def unfused(settings: Settings | None, device: str, projected: bool) -> str:
-    """The options set that no kernel of the device covers, in words; the empty string if there is none."""
+    """The options set that no kernel of the device, which has kernels, covers, in words; the empty string for none."""
     s = settings or DEFAULT
-    cpu = device in ("cpu", "meta")
+    if device == "cuda":
+        cells = by_rows(replace(s, grad_clip=None))
+        return cells and f"{cells} on cuda"
     rows = by_rows(s)
     found = {
-        rows + " on " + device: bool(rows) and not cpu,
-        rows + " with proj_size": bool(rows) and cpu and projected,
-        "layer_norm with reset_after=False": s.layer_norm and s.reset_before and cpu,
-        "zoneout on " + device: any(s.zoneout) and not cpu,
-        "recurrent_dropout on " + device: s.recurrent_dropout and not cpu,
-        "grad_clip on " + device: s.grad_clip is not None and not cpu,
+        rows + " with proj_size": bool(rows) and projected,
+        "layer_norm with reset_after=False": s.layer_norm and s.reset_before,
     }
     return ", ".join(name for name, on in found.items() if on)
+
+
+def in_kernels(settings: Settings | None, training: bool, backward: bool) -> bool:
+    """Whether a pass of a layer built so has options for its kernels, without those that come with a call."""
+    s = settings or DEFAULT
+    return bool(any(s.zoneout) or (training and s.recurrent_dropout) or (backward and s.grad_clip))
 
 
 class Call(NamedTuple):
@@ -292,7 +296,7 @@ def run_stack(
     lengths = None if call.lengths is None else check_lengths(cell, call.lengths, x)
     packing = None
     on_cpu = x.device.type == "cpu" and functional.has_kernel(x.device, x.dtype)
-    if lengths is not None and on_cpu and not functional.transformed():
+    if lengths is not None and on_cpu and not functional.takes_lengths(x.device) and not functional.transformed():
         packing = Packing(lengths, x.size(0))
         lengths = None
         if packing.whole:
@@ -300,6 +304,10 @@ def run_stack(
         else:
             (x, h, c), batch_sizes = packing.pack(x, h, c), packing.batch_sizes
             keep = None if keep is None else keep.index_select(0, packing.rows)
+    if lengths is not None and torch.is_grad_enabled():
+        # What stands in the padding is multiplied by gradients of zero: it must be finite.
+        padding = torch.arange(x.size(0), device=x.device).unsqueeze(1) >= lengths
+        x = x.masked_fill(padding.unsqueeze(-1), 0)
     if packing is not None and packing.steps == 0:
         return _nothing(stack, packing, (x, *sequence[1:]), weights, call)
     y, h_n, c_n, hs, cs = _run_layers(stack, (x, h, c), weights, batch_sizes, call, keep, lengths, packing)

@@ -132,10 +132,11 @@ class _Fused(torch.autograd.Function):
             sizes, o = pieces.arguments(i)
             masks = (o.keep, o.h_mask, o.zone_h, o.zone_c, o.clip_value)
             inputs = (parts[i], _first(starts[2 * i], n), _first(starts[2 * i + 1], n), weights, sizes, *masks)
-            y, _, _, c_all, reserve = option_ops.option_layer(*inputs, cell, False, want_c, True)
+            last = option_ops.last_arguments(x, o)
+            y, _, _, c_all, reserve = option_ops.option_layer(*inputs, cell, False, want_c, True, *last)
             dx[i], dh0, dc0, more, _ = option_ops.option_layer_backward(
                 dys[i], _first(dh, n), _first(dc, n), dcs[i], *inputs, y, c_all, reserve, cell, False,
-                need_x, need_weights, False,
+                need_x, need_weights, False, *last,
             )  # fmt: skip
             dh, dc = _joined(dh0, dh), _joined(dc0, dc) if cell == "lstm" else None
             more = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in more]  # sums of 16-bit pieces

@@ -1,6 +1,7 @@
 """The tests of test_host_step.py can fail: faults put into a copy of the sources are seen, each as it should be."""
 
 import host
+import host_options
 import pytest
 import torch
 from cases import CASES, Case, make_cotangents, make_inputs
@@ -47,3 +48,13 @@ def test_a_late_row_that_reads_what_was_not_computed_is_a_fault():
     old = "b.known[d] = projected ? step.rows[d] : min(before.rows[d], step.rows[d]);"
     found = outcome_with("late_row", "layer.h", old, "b.known[d] = step.rows[d];", PACKED)
     assert found.startswith("Fault: ") and "workspace" in found
+
+
+def test_a_reset_that_lets_a_gradient_pass_is_wrong_in_the_gradients_alone():
+    case = Case("reset-gru", "gru", T=5, B=4, I=3, H=8)
+    assert host_options.outcome(case, torch.float64, "keep") == []
+    edit = ("cuda/step_options.cuh", "  keep_state<S>(s.o, row, dh);\n", "  (void)row;\n")
+    with host.changed("step", "reset", host.edited(edit)):
+        found = "\n".join(host_options.outcome(case, torch.float64, "keep"))
+    assert "dx is off by" in found and "dweight_hh is off by" in found
+    assert " y is off" not in found and "h_n is off" not in found

@@ -113,6 +113,13 @@ def test_step_by_rule_with_a_reason(reason, backward):
     assert plan["engine"] == "step" and plan["why"].startswith("step: ") and text in plan["why"], plan
 
 
+@pytest.mark.parametrize("backward", (False, True))
+def test_step_for_options(backward):
+    plan = host.load("grid").plan(shape() | {"options": True}, device("H100 SXM"), backward)
+    assert plan["engine"] == "step" and "options beyond torch.nn's" in plan["why"]
+    assert host.load("grid").plan(shape() | {"options": False}, device("H100 SXM"), backward)["engine"] == "grid"
+
+
 def test_step_on_gpus_that_are_too_small_or_too_old():
     for change, text in (
         ({"cc": 75}, "older than sm_80"),

@@ -54,6 +54,9 @@ struct LayerOptions {
   const void* dc_all;  // [N, D*H] its gradient
   void* flow;          // [2, D, N, flow_panels] squares of d(loss)/dh and d(loss)/dc, summed over the units of a panel
   int64_t flow_panels;
+  // CUDA's alone:
+  const int64_t* lengths;  // [B] on the device, not with packed input: steps that each row takes part in
+  double clip_norm;        // bound on the norm of a row of what clip_value bounds
 };
 
 struct LayerArgs {

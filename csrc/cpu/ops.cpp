@@ -8,6 +8,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../core/layer_options.h"
 #include "dispatch.h"
 #include "execute.h"
 #include "memory.h"
@@ -32,58 +33,19 @@ void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor&
   }
 }
 
-// The tensors of LayerOptions.
-struct Options {
-  Optional keep, h_mask, zone_h, zone_c;
-  double clip_value = 0;
-  bool want_c = false;
-  Optional c_all, dc_all;  // in forward c_all is an output
-  bool want_flow = false;
-  Optional flow;  // an output of backward
-};
-
-void set_options(LayerArgs& a, const Problem& p, const Tensor& x, Options& o) {
-  const std::string& cell = p.cell.name;
-  Wanted want{cell, x.scalar_type()}, sums{cell, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float};
-  sums.check(o.keep, "keep", "[N]", {p.rows});
-  want.check(o.h_mask, "h_mask", "[D, B, P]", {p.directions, p.batch, p.output});
-  auto zone = [&](Optional& z, const char* name, const char* letters, int64_t width) -> int64_t {
-    if (!z) return 0;
-    z = dense(z);
-    want.check(z, name, letters, {z->size(0) == 1 ? 1 : p.rows, width});
-    return z->size(0) == 1 ? 0 : width;
-  };
-  LayerOptions& to = a.options;
-  to.zone_h_row = zone(o.zone_h, "zone_h", "[N or 1, D*P]", p.directions * p.output);
-  to.zone_c_row = zone(o.zone_c, "zone_c", "[N or 1, D*H]", p.directions * p.hidden);
-  for (Optional* t : {&o.keep, &o.h_mask, &o.dc_all}) *t = dense(*t);
-  to.keep = data(o.keep);
-  to.h_mask = data(o.h_mask);
-  to.zone_h = data(o.zone_h);
-  to.zone_c = data(o.zone_c);
-  to.clip_value = o.clip_value;
-  to.c_all = data(o.c_all);
-  to.dc_all = data(o.dc_all);
-  if (o.want_flow) {
-    to.flow_panels = (std::max(p.hidden, p.output) + 7) / 8;  // no panel is narrower
-    o.flow = torch::stable::new_zeros(x, {2, p.directions, p.rows, to.flow_panels}, sums.dtype);
-    to.flow = data(o.flow);
-  }
-  to.any = to.flow || to.keep || to.h_mask || to.zone_h || to.zone_c || to.clip_value > 0 || to.c_all || to.dc_all;
-}
-
-std::vector<int64_t> c_all_sizes(const Problem& p) {
-  std::vector<int64_t> sizes = p.y_sizes();
-  sizes.back() = p.directions * p.hidden;
-  return sizes;
+constexpr int64_t kUnitsOfFlow = 8;  // no panel is narrower
+void refuse_others(const std::string& cell, const OptionTensors& o) {
+  STD_TORCH_CHECK(!o.lengths && o.clip_norm == 0, cell,
+                  ": on the CPU, lengths come as packed rows, and norms are clipped by seqkern::recurrence");
 }
 
 ForwardOutputs run_forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
-                           bool bidirectional, bool save, Options& o) {
+                           bool bidirectional, bool save, OptionTensors& o) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
   const bool lstm = p.cell.cell == Cell::kLstm;
   auto [y, h_n, c_n, reserve] = forward_outputs(p, x, save);
   in_large_pages(reserve);
+  refuse_others(cell, o);
   if (lstm && (o.want_c || (o.zone_c && save))) o.c_all = empty(x, c_all_sizes(p));
   if (p.rows == 0) return {y, h_n, c_n, reserve};
   x = with_dense_rows(x);
@@ -93,14 +55,14 @@ ForwardOutputs run_forward(Tensor x, Optional h0, Optional c0, Tensors weights, 
   LayerArgs a = common_args(p, x, h0, c0, weights, y, save && p.cell.saved ? Optional(reserve) : std::nullopt);
   a.h_n = data(h_n);
   a.c_n = lstm ? data(c_n) : nullptr;
-  set_options(a, p, x, o);
+  set_options(a, p, x, o, false, kUnitsOfFlow);
   execute(a, cpu_kernels().forward[int(p.cell.cell)][int(kernel_dtype(cell, x.scalar_type()))], p, x);
   return {y, h_n, c_n, reserve};
 }
 
 ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
                        bool bidirectional, bool save, bool /* tf32: CUDA's */) {
-  Options none;
+  OptionTensors none;
   return run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, none);
 }
 
@@ -108,25 +70,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> option_forward(Tensor x, Opti
                                                                   Optional batch_sizes, Optional keep, Optional h_mask,
                                                                   Optional zone_h, Optional zone_c, double clip_value,
                                                                   std::string cell, bool bidirectional, bool want_c,
-                                                                  bool save) {
-  Options o{keep, h_mask, zone_h, zone_c, clip_value, want_c};
+                                                                  bool save, Optional lengths, double clip_norm,
+                                                                  bool /* tf32: CUDA's */) {
+  OptionTensors o{keep, h_mask, zone_h, zone_c, lengths, clip_value, clip_norm, want_c};
   auto [y, h_n, c_n, reserve] = run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, o);
   return {y, h_n, c_n, o.c_all ? *o.c_all : empty(x, {0}), reserve};
 }
 
 BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0,
                              Tensors weights, Optional batch_sizes, Tensor y, Tensor reserve, std::string cell,
-                             bool bidirectional, bool need_dx, bool need_dw, Options& o) {
+                             bool bidirectional, bool need_dx, bool need_dw, OptionTensors& o) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
   const bool lstm = p.cell.cell == Cell::kLstm;
+  refuse_others(cell, o);
   check_cotangents(p, cell, x.scalar_type(), dy, dh_n, dc_n, y);
   if (p.cell.saved && reserve.numel() == 0)  // forward kept nothing: run it again
     std::tie(y, std::ignore, std::ignore, reserve) =
         run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true, o);
-  Wanted want{cell, x.scalar_type()};
-  if (lstm) want.check(o.c_all, "c_all", p.packed ? "[N, D*H]" : "[T, B, D*H]", c_all_sizes(p));
-  if (lstm) want.check(o.dc_all, "dc_all", p.packed ? "[N, D*H]" : "[T, B, D*H]", c_all_sizes(p));
-  want.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
+  check_c_all(p, x, o);
+  Wanted{cell, x.scalar_type()}.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
 
   auto [dx, dh0, dc0, dweights] = backward_outputs(p, x, weights, need_dx, need_dw);
   if (p.rows == 0) return {dx, dh0, dc0, dweights};
@@ -144,7 +106,7 @@ BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x
   a.dh_n = data(dh_n);
   a.dc_n = data(dc_n);
   a.dx = need_dx ? data(dx) : nullptr;
-  set_options(a, p, x, o);
+  set_options(a, p, x, o, true, kUnitsOfFlow);
   a.dh0 = data(dh0);
   a.dc0 = lstm ? data(dc0) : nullptr;
   for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
@@ -155,7 +117,7 @@ BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x
 BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0, Tensors weights,
                          Optional batch_sizes, Tensor y, Tensor reserve, std::string cell, bool bidirectional,
                          bool need_dx, bool need_dw, bool /* tf32: CUDA's */) {
-  Options none;
+  OptionTensors none;
   return run_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx,
                       need_dw, none);
 }
@@ -163,8 +125,9 @@ BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Op
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor> option_backward(
     Optional dy, Optional dh_n, Optional dc_n, Optional dc_all, Tensor x, Optional h0, Optional c0, Tensors weights,
     Optional batch_sizes, Optional keep, Optional h_mask, Optional zone_h, Optional zone_c, double clip_value, Tensor y,
-    Tensor c_all, Tensor reserve, std::string cell, bool bidirectional, bool need_dx, bool need_dw, bool want_flow) {
-  Options o{keep, h_mask, zone_h, zone_c, clip_value};
+    Tensor c_all, Tensor reserve, std::string cell, bool bidirectional, bool need_dx, bool need_dw, bool want_flow,
+    Optional lengths, double clip_norm, bool /* tf32: CUDA's */) {
+  OptionTensors o{keep, h_mask, zone_h, zone_c, lengths, clip_value, clip_norm};
   if (c_all.numel()) o.c_all = dense(c_all);
   o.dc_all = dc_all;
   o.want_flow = want_flow;
@@ -174,12 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor> option_backward(
 }
 
 Tensor bernoulli(Tensor like, std::vector<int64_t> size, Tensor seed, int64_t stream, double p, double value) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be [1] int64, got ",
-                  text(sizes_of(seed)), " ", dtype_name(seed.scalar_type()));
-  STD_TORCH_CHECK(p >= 0 && p <= 1, "p must be a probability, got ", p);
+  check_bernoulli(seed, p);
   Tensor to = empty(like, size);
   const int dtype = int(kernel_dtype("mask", like.scalar_type()));
-  const RandomArgs r{*(const int64_t*)data(seed), stream, int64_t(std::nearbyint(p * 4294967296.0)), value};
+  const RandomArgs r{*(const int64_t*)data(seed), stream, limit_of(p), value};
   const int64_t bytes = int64_t(like.element_size());
   torch::stable::parallel_for(0, to.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
     cpu_kernels().bernoulli[dtype]((char*)data(to) + begin * bytes, begin, end, r);
@@ -234,7 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
   m.impl("rnn_layer_backward", TORCH_BOX(&backward));
   m.impl("option_layer", TORCH_BOX(&option_forward));
   m.impl("option_layer_backward", TORCH_BOX(&option_backward));
-  m.impl("_cpu_bernoulli", TORCH_BOX(&bernoulli));
+  m.impl("_bernoulli", TORCH_BOX(&bernoulli));
   m.impl("_cpu_math", TORCH_BOX(&math));
 }
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {

@@ -1,14 +1,9 @@
 // Random masks from a counter; the definition is seqkern/masks.py.
 #pragma once
+#include "../core/random.h"
 #include "pack.h"
 
 namespace seqkern { namespace SK_NS { namespace {
-
-SK_INL uint32_t hash(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
 
 SK_INL double narrow_to(double x, double) { return x; }
 SK_INL float narrow_to(double x, float) { return float(x); }
@@ -17,7 +12,7 @@ SK_INL F16 narrow_to(double x, F16) { return f16_of(float(x)); }
 
 // to[n - begin] = value where element n's bits are below `limit` (in 0 .. 2^32), else 0, for n in [begin, end).
 template <class S> void bernoulli(void* to, int64_t begin, int64_t end, const RandomArgs& r) {
-  const uint32_t key = hash(hash(hash(uint32_t(r.seed)) ^ uint32_t(uint64_t(r.seed) >> 32)) + uint32_t(r.stream));
+  const uint32_t key = random_key(r.seed, r.stream);
   const S one = narrow_to(r.value, S{}), zero{};
   S* out = (S*)to;
   for (int64_t n = begin; n < end;) {
@@ -29,7 +24,7 @@ template <class S> void bernoulli(void* to, int64_t begin, int64_t end, const Ra
     const uint32_t low = uint32_t(n);
     S* from = out + (n - begin);
     for (int64_t i = 0; i < stop - n; ++i) {
-      const uint32_t bits = hash(hash((low + uint32_t(i)) ^ key) + high);
+      const uint32_t bits = random_bits(low + uint32_t(i), high, key);
       from[i] = all || bits < limit ? one : zero;
     }
     n = stop;

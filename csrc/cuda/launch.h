@@ -54,12 +54,22 @@ struct Recurrence {
   char* workspace;                      // plan.workspace_bytes, 256-byte aligned, zeroed
 };
 
+// A random mask (seqkern/masks.py): to[k] of n elements is `value` where k's bits are below limit, of 2^32, else 0.
+struct Random {
+  const int64_t* seed;  // on the device
+  int64_t stream, limit;
+  double value;
+  int64_t n;
+  void* to;
+};
+
 // ---- step.cu: the current device, a stream of it, and a cublasHandle_t bound to that stream
 
 int64_t layer_workspace(const LayerCall&, bool backward);  // bytes
 Error layer_forward(const LayerCall&, char* workspace, Stream, void* blas);
 Error layer_backward(const LayerCall&, char* workspace, Stream, void* blas);
 Error query_device(Device*);
+Error fill_mask(Dtype, const Random&, Stream);
 
 // ---- grid.cu
 

@@ -9,242 +9,20 @@
 // launch. With packed input a product takes as many rows as the direction that has more of them; what it computes for
 // rows that have not begun or have ended is not read.
 #pragma once
-#include "launch.h"
-#include "planner.h"
-#include "step.cuh"
+#include "layer_base.h"
 
 namespace seqkern { namespace cuda { namespace {
 
-struct CellShape {
-  int gates, saved, grads;
-  bool cell_state, hidden_carry;
-  const int* order;
-};
-template <class C> constexpr CellShape kShapeOf{
-    C::kGates, C::kSaved, C::kGrads, C::kCarry == Carry::kCell, C::kCarry == Carry::kHidden, C::kOrder};
-
-template <class F> void with_storage(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kF64: return f(double{});
-    case Dtype::kF32: return f(float{});
-    case Dtype::kBf16: return f(bf16{});
-    case Dtype::kF16: return f(half_t{});
-  }
-}
-inline CellShape shape_of(Cell cell) {
-  CellShape shape{};
-  with_cell(cell, [&](auto c) { shape = kShapeOf<decltype(c)>; });
-  return shape;
-}
-inline int64_t bytes_of(Dtype t) { return t == Dtype::kF64 ? 8 : t == Dtype::kF32 ? 4 : 2; }
-inline Dtype wide_of(Dtype t) { return t == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32; }
-
-// Hands out pieces of the workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  char* take(int64_t bytes) {
-    char* piece = base ? base + used : nullptr;
-    used += ceil_div(bytes, 256) * 256;
-    return piece;
-  }
-};
-
-template <class Run> struct Layer {
-  Run& run;
-  const LayerCall& call;
-  const LayerArgs& a = call.layer;
-  const Plan& plan = *call.plan;
-  const CellShape cell = shape_of(call.cell);
-  const Dtype io = call.dtype, wide = wide_of(call.dtype);
-  const int64_t io_bytes = bytes_of(io), wide_bytes = bytes_of(wide);
-  const int64_t gh = cell.gates * a.hidden, kh = cell.grads * a.hidden, D = a.directions;
-  const bool projected = a.weights[0].w_hr != nullptr, packed = a.x.packed, by_grid = plan.engine == Engine::kGrid;
-
-  // ---- the workspace
-
-  struct Space {
-    char *starts, *grid;                   // [T+1] int64 where packed; the grid engine's
-    char *gates_x, *dgates;                // forward [D, N, G*H]; backward [D, N, K*H]
-    char *w_hh, *w_hr;                     // both directions' weights side by side
-    char* carry;                           // [D, B, H] W
-    char *gates_h, *full, *out;            // forward: [D, B, G*H] W, with a projection [D, B, H] and [D, B, P] S
-    char *dh, *now, *dp, *dp_now, *dfull;  // backward: [D, B, P] W, [D, B, K*H], [D, N, P], [D, B, P] S, [D, B, H] W
-    char *h_prev, *unprojected, *w_ih, *sums;  // of the weight gradients
-  };
-  int64_t sum_chunk() const { return max(256, ceil_div(a.rows, 64)); }
-  static int64_t max(int64_t x, int64_t y) { return x > y ? x : y; }
-  static int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
-  bool narrow_carry() const { return io != wide && (cell.cell_state || cell.hidden_carry); }
-
-  Space space(Arena& m, bool backward) const {
-    const int64_t states = D * a.batch, rows = D * a.rows, out = a.output, hid = a.hidden;
-    Space s{};
-    if (packed) s.starts = m.take((a.steps + 1) * 8);
-    if (by_grid) s.grid = m.take(plan.workspace_bytes);
-    if (!by_grid && D == 2) s.w_hh = m.take(D * gh * out * io_bytes);
-    if (!by_grid && D == 2 && projected) s.w_hr = m.take(D * out * hid * io_bytes);
-    if (!backward) {
-      s.gates_x = m.take(rows * gh * io_bytes);
-      if (by_grid) return s;
-      if (narrow_carry()) s.carry = m.take(states * hid * wide_bytes);
-      s.gates_h = m.take(states * gh * wide_bytes);
-      if (projected) s.full = m.take(states * hid * io_bytes);
-      if (projected) s.out = m.take(states * out * io_bytes);
-      return s;
-    }
-    s.dgates = m.take(rows * kh * io_bytes);
-    if (!by_grid) {
-      s.carry = m.take(states * hid * wide_bytes);
-      s.dh = m.take(states * out * wide_bytes);
-      s.now = m.take(states * kh * io_bytes);
-      if (projected) s.dp = m.take(rows * out * io_bytes);
-      if (projected) s.dp_now = m.take(states * out * io_bytes);
-      if (projected) s.dfull = m.take(states * hid * wide_bytes);
-    }
-    if (a.dx && permuted()) s.w_ih = m.take(gh * a.input * io_bytes);
-    if (!sums()) return s;
-    s.h_prev = m.take(rows * out * io_bytes);
-    if (projected) s.unprojected = m.take(rows * hid * io_bytes);
-    if (a.weights[0].b_ih) s.sums = m.take(ceil_div(a.rows, sum_chunk()) * kh * wide_bytes);
-    return s;
-  }
-  int64_t workspace(bool backward) const {
-    Arena m{nullptr};
-    space(m, backward);
-    return m.used;
-  }
-  bool sums() const { return a.dweights[0].w_ih != nullptr; }
-
-  // ---- small things
-
-  char* piece(char* of, int64_t d, int64_t elements) const { return of + d * elements * io_bytes; }
-  static void* shift(const void* p, int64_t bytes) { return (char*)p + bytes; }
-
-  // Vectors need whole rows of them and their alignment everywhere; new tensors have it, others may not.
-  template <class S, int n> static bool vectors(int64_t width, const void* const (&pointers)[n]) {
-    constexpr uint64_t kBytes = kLanes<S> * sizeof(S);
-    for (const void* p : pointers)
-      if ((uint64_t)p % kBytes) return false;
-    return width % kLanes<S> == 0;
-  }
-  template <class Kernel, class Args>
-  void over_rows(Kernel kernel, const Args& args, int64_t rows, int64_t width, int lanes = 1) {
-    const int64_t units = width / lanes;
-    unsigned x = 1;
-    while (x < 32 && x < units) x *= 2;
-    const unsigned y = 128 / x;
-    run.launch(kernel, Extent{unsigned(ceil_div(units, x)), unsigned(min(ceil_div(rows, y), 65535)), unsigned(D)},
-               Extent{x, y, 1}, args);
-  }
-  template <class Kernel, class... Args> void over_all(Kernel kernel, int64_t n, const Args&... args) {
-    if (n) run.launch(kernel, Extent{unsigned(ceil_div(n, 128)), 1, 1}, Extent{128, 1, 1}, args...);
-  }
-  // [D, B, width] S to W, zeros where there is nothing.
-  void widen_state(void* to, const void* from, int64_t width) {
-    const int64_t n = D * a.batch * width;
-    if (!from) return run.zero(to, n * wide_bytes);
-    if (io == wide) return run.copy(to, from, n * wide_bytes);
-    with_storage(io, [&](auto s) { over_all(widen_all<decltype(s)>, n, from, to, n); });
-  }
-  void narrow_state(void* to, const void* from, const void* add, int64_t width) {
-    const int64_t n = D * a.batch * width;
-    with_storage(io, [&](auto s) { over_all(narrow_all<decltype(s)>, n, from, add, to, n); });
-  }
-  void initial_state(void* to, const void* from, int64_t bytes) {
-    if (from) run.copy(to, from, bytes);
-    else run.zero(to, bytes);
-  }
-  // The directions' weights of one kind as [D, elements].
-  const void* side_by_side(char* space, void* Weights::* w, int64_t elements) {
-    if (D == 1) return a.weights[0].*w;
-    for (int64_t d = 0; d < D; ++d) run.copy(piece(space, d, elements), a.weights[d].*w, elements * io_bytes);
-    return space;
-  }
-  void upload_starts(char* to) {
-    for (int64_t i = 0; packed && i <= a.steps; i += kUploaded) {
-      Table t{};
-      t.count = int(min(kUploaded, a.steps + 1 - i));
-      t.to = (int64_t*)to + i;
-      for (int k = 0; k < t.count; ++k) t.values[k] = a.starts[i + k];
-      run.launch(upload_table, Extent{1, 1, 1}, Extent{128, 1, 1}, t);
-    }
-  }
-  Gemm gemm(const void* x, const void* w, void* to, int64_t m, int64_t n, int64_t k) const {
-    Gemm g{};
-    g.a = x;
-    g.b = w;
-    g.c = to;
-    g.m = m;
-    g.n = n;
-    g.k = k;
-    g.lda = k;
-    g.ldc = n;
-    g.batch = 1;
-    g.in = g.out = io;
-    g.tf32 = call.tf32;
-    return g;
-  }
-  void multiply(Gemm g, bool a_t, bool b_t) {
-    g.a_t = a_t;
-    g.b_t = b_t;
-    if (!g.ldb) g.ldb = b_t ? g.k : g.n;
-    if (!g.m || !g.n) return;
-    if (g.k) return run.gemm(g);
-    if (!g.accumulate) run.zero(g.c, g.m * g.n * bytes_of(g.out));  // an input of no columns: all of C, dense
-  }
-  // rows [0, n) of a state [D, B, k] by each direction's weights.
-  void multiply_states(const void* states, int64_t n, const void* w, bool w_t, void* to, Dtype out, int64_t k,
-                       int64_t columns) {
-    Gemm g = gemm(states, w, to, n, columns, k);
-    g.out = out;
-    g.batch = D;
-    g.stride_a = a.batch * k;
-    g.stride_b = k * columns;
-    g.stride_c = a.batch * columns;
-    multiply(g, false, w_t);
-  }
-
-  // The i-th step in the order of the pass, and how many rows of it lead.
-  int64_t time(int64_t i, int64_t d, bool backward) const { return (d == 1) != backward ? a.steps - 1 - i : i; }
-  Step step_at(int64_t i, bool backward) const {
-    Step s{};
-    for (int64_t d = 0; d < D; ++d) {
-      s.first[d] = a.starts[time(i, d, backward)];
-      s.rows[d] = a.sizes[time(i, d, backward)];
-    }
-    return s;
-  }
-  template <class Args> Args at_step(const Step& step) const {
-    Args s{};
-    s.step = step;
-    s.batch = a.batch;
-    s.all_rows = a.rows;
-    s.output = a.output;
-    s.directions = D;
-    return s;
-  }
-  int64_t most_rows(const Step& s) const { return D == 2 ? max(s.rows[0], s.rows[1]) : s.rows[0]; }
-
-  void grid(const Space& s, bool backward) {
-    run.zero(s.grid, plan.workspace_bytes);
-    run.grid(recurrence(s), plan, backward);
-  }
-  Recurrence recurrence(const Space& s) const {
-    Recurrence r{};
-    r.layer = a;
-    r.layer.sizes = nullptr;
-    r.layer.starts = (const int64_t*)s.starts;
-    r.cell = call.cell;
-    r.dtype = io;
-    r.tf32 = call.tf32;
-    for (int64_t d = 0; d < D; ++d) {
-      if (s.gates_x) r.gates_x[d] = piece(s.gates_x, d, a.rows * gh);
-      if (s.dgates) r.dgates[d] = piece(s.dgates, d, a.rows * kh);
-    }
-    r.workspace = s.grid;
-    return r;
-  }
+template <class Run> struct Layer : LayerBase<Run> {
+  using Base = LayerBase<Run>;
+  using Base::Base;
+  using Base::run, Base::call, Base::a, Base::cell, Base::io, Base::wide, Base::io_bytes, Base::wide_bytes, Base::gh,
+      Base::kh, Base::D, Base::projected, Base::packed, Base::by_grid, Base::options, Base::ragged, Base::entering,
+      Base::space, Base::sums, Base::sum_chunk, Base::piece, Base::shift, Base::over_rows, Base::over_all,
+      Base::widen_state, Base::narrow_state, Base::initial_state, Base::side_by_side, Base::upload_starts, Base::gemm,
+      Base::multiply, Base::multiply_states, Base::time, Base::step_at, Base::at_step, Base::permuted, Base::near,
+      Base::most_rows, Base::grid, Base::min;
+  using typename Base::Space;
 
   // ---- forward
 
@@ -266,7 +44,12 @@ template <class Run> struct Layer {
     const void* w_hh = side_by_side(s.w_hh, &Weights::w_hh, gh * a.output);
     const void* w_hr = projected ? side_by_side(s.w_hr, &Weights::w_hr, a.output * a.hidden) : nullptr;
     initial_state(a.h_n, a.h0, state);
-    if (packed && projected)
+    if (entering && a.h0)
+      with_storage(io, [&](auto t) {
+        over_rows(enter_states<decltype(t)>, ends(s, a.output, a.h0, s.enter), a.batch, a.output);
+      });
+    else if (entering) run.zero(s.enter, state);
+    if (ragged && projected)
       run.zero(s.full, D * a.batch * a.hidden * io_bytes);  // read, not used, where rows are left
     void* carry = s.carry ? s.carry : cell.cell_state ? a.c_n : a.h_n;
     if (s.carry || cell.cell_state) widen_state(carry, cell.cell_state ? a.c0 : a.h0, a.hidden);
@@ -274,8 +57,8 @@ template <class Run> struct Layer {
       const Step step = step_at(i, false);
       const int64_t n = most_rows(step);
       const bool moving = i > 0 || a.h0;  // else h is zero
-      if (moving) multiply_states(a.h_n, n, w_hh, true, s.gates_h, wide, a.output, gh);
-      auto f = at_step<ForwardStep>(step);
+      if (moving) multiply_states(entering ? s.enter : a.h_n, n, w_hh, true, s.gates_h, wide, a.output, gh);
+      auto f = at_step(ForwardStep{}, step);
       f.hidden = a.hidden;
       f.gates_x = s.gates_x;
       f.gates_h = moving ? s.gates_h : nullptr;
@@ -284,28 +67,59 @@ template <class Run> struct Layer {
       f.h = projected ? s.full : a.h_n;
       f.y = projected ? nullptr : a.y;
       f.reserve = a.reserve;
-      cell_forward(f, n);
+      cell_forward(f, n, i, s);
       if (!projected) continue;
       multiply_states(s.full, n, w_hr, true, s.out, io, a.hidden, a.output);
-      auto o = at_step<OutputStep>(step);
+      auto o = at_step(OutputStep{}, step);
       o.from = s.out;
       o.h = a.h_n;
       o.y = a.y;
-      with_storage(io, [&](auto t) { over_rows(output_step<decltype(t)>, o, n, a.output); });
+      with_storage(io, [&](auto t) {
+        using S = decltype(t);
+        if (!options.any) return over_rows(output_step<S>, o, n, a.output);
+        auto with = with_options<OptionOutputStep>(o, i, false);
+        with.entering = s.enter;
+        over_rows(option_output_step<S>, with, n, a.output);
+      });
     }
     if (s.carry && cell.cell_state) narrow_state(a.c_n, carry, nullptr, a.hidden);
   }
-  void cell_forward(const ForwardStep& f, int64_t rows) {
+  // A step's arguments with the options added. i, backward: as in time().
+  template <class Args, class Plain> Args with_options(const Plain& plain, int64_t i, bool backward) const {
+    Args s{};
+    (Plain&)s = plain;
+    s.o = options;
+    s.near = near(i, backward);
+    return s;
+  }
+  void cell_forward(const ForwardStep& f, int64_t rows, int64_t i, const Space& s) {
     with_cell(call.cell, [&](auto c) {
       with_storage(io, [&](auto t) {
         using C = decltype(c);
         using S = decltype(t);
-        const bool vector =
-            vectors<S>(a.hidden, {f.b_ih[0], f.b_ih[1], f.b_hh[0], f.b_hh[1], f.y, f.reserve, f.h, f.carry});
-        if (vector) over_rows(forward_step<C, S, kLanes<S>>, f, rows, a.hidden, kLanes<S>);
-        else over_rows(forward_step<C, S, 1>, f, rows, a.hidden);
+        constexpr int kV = kLanes<S>;
+        const bool vector = vectors<S>({f.b_ih[0], f.b_ih[1], f.b_hh[0], f.b_hh[1], f.y, f.reserve, f.h, f.carry}) &&
+                            vector_options<S>();
+        if (!options.any) {
+          if (vector) return over_rows(forward_step<C, S, kV>, f, rows, a.hidden, kV);
+          return over_rows(forward_step<C, S, 1>, f, rows, a.hidden);
+        }
+        auto o = with_options<OptionForwardStep>(f, i, false);
+        o.entering = projected ? nullptr : s.enter;
+        if (vector) over_rows(option_forward_step<C, S, kV>, o, rows, a.hidden, kV);
+        else over_rows(option_forward_step<C, S, 1>, o, rows, a.hidden);
       });
     });
+  }
+  // Vectors need whole rows of them and their alignment everywhere; new tensors have it, others may not.
+  template <class S, int n> bool vectors(const void* const (&pointers)[n]) const {
+    constexpr uint64_t kBytes = kLanes<S> * sizeof(S);
+    for (const void* p : pointers)
+      if ((uint64_t)p % kBytes) return false;
+    return a.hidden % kLanes<S> == 0;
+  }
+  template <class S> bool vector_options() const {
+    return vectors<S>({options.h_mask, options.zone_h, options.zone_c, options.c_all, options.dc_all});
   }
 
   // ---- backward
@@ -324,15 +138,16 @@ template <class Run> struct Layer {
     const int64_t states = D * a.batch;
     const void* w_hh = side_by_side(s.w_hh, &Weights::w_hh, gh * a.output);
     const void* w_hr = projected ? side_by_side(s.w_hr, &Weights::w_hr, a.output * a.hidden) : nullptr;
-    if (packed) run.zero(s.now, states * kh * io_bytes);  // read, not used, for rows that have not begun
-    if (packed && projected) run.zero(s.dp_now, states * a.output * io_bytes);
+    if (ragged) run.zero(s.now, states * kh * io_bytes);  // read, not used, for rows that have not begun
+    if (ragged && projected) run.zero(s.dp_now, states * a.output * io_bytes);
+    if (s.past) run.zero(s.past, states * a.output * wide_bytes);
     widen_state(s.carry, cell.cell_state ? a.dc_n : nullptr, a.hidden);
     Step before{};
     for (int64_t i = 0; i < a.steps; ++i) {
       const Step step = step_at(i, true);
       if (i > 0) through_gates(s, w_hh, most_rows(before));
-      if (projected) through_projection(s, w_hr, step, before);
-      auto b = at_step<BackwardStep>(step);
+      if (projected) through_projection(s, w_hr, step, before, i);
+      auto b = at_step(BackwardStep{}, step);
       b.hidden = a.hidden;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t t = time(i, d, true), from = d ? t + 1 : t - 1;
@@ -350,14 +165,39 @@ template <class Run> struct Layer {
       b.carry = s.carry;
       b.dgates = s.dgates;
       b.now = s.now;
-      cell_backward(b, most_rows(step));
+      cell_backward(b, most_rows(step), i, s);
       before = step;
     }
     through_gates(s, w_hh, a.batch);  // every row's first step is its latest now
+    if (options.any) return leave(s);
     narrow_state(a.dh0, s.dh, cell.hidden_carry ? s.carry : nullptr, a.output);
     if (cell.cell_state) narrow_state(a.dc0, s.carry, nullptr, a.hidden);
   }
-  // dh of rows [0, n) = the gradients of W_hh h, times W_hh.
+  void leave(const Space& s) {
+    Ends h = ends(s, a.output, s.dh, a.dh0), c = ends(s, a.hidden, s.carry, a.dc0);
+    h.past = past(s);
+    h.scale = s.scale;
+    h.last = a.dh_n;
+    c.o.h_mask = nullptr;
+    c.scale = s.scale ? shift(s.scale, D * a.batch * wide_bytes) : nullptr;
+    c.last = a.dc_n;
+    with_storage(io, [&](auto t) { over_rows(leave_states<decltype(t)>, h, a.batch, a.output); });
+    if (cell.cell_state) with_storage(io, [&](auto t) { over_rows(leave_states<decltype(t)>, c, a.batch, a.hidden); });
+  }
+  Ends ends(const Space& s, int64_t width, const void* from, void* to) const {
+    Ends e{};
+    e.steps = a.steps;
+    e.batch = a.batch;
+    e.width = width;
+    e.directions = D;
+    e.starts = (const int64_t*)s.starts;
+    e.o = options;
+    e.from = from;
+    e.to = to;
+    return e;
+  }
+  char* past(const Space& s) const { return cell.hidden_carry ? s.carry : s.past; }
+  // dh of rows [0, n) = the gradients of W_hh h, times W_hh; and the norms of these rows, where they are bounded.
   void through_gates(const Space& s, const void* w_hh, int64_t n) {
     Gemm g = gemm(piece(s.now, 0, kh) + (kh - gh) * io_bytes, w_hh, s.dh, n, a.output, gh);
     g.out = wide;
@@ -367,9 +207,15 @@ template <class Run> struct Layer {
     g.stride_b = gh * a.output;
     g.stride_c = a.batch * a.output;
     multiply(g, false, false);
+    if (!s.scale) return;
+    const RowNorms r{n, a.batch, a.hidden, a.output, D, options, s.dh, past(s), s.carry, s.scale};
+    with_storage(io, [&](auto t) {
+      const Extent grid{unsigned(min(n, 65535)), cell.cell_state ? 2u : 1u, unsigned(D)};
+      run.launch(row_norms<decltype(t)>, grid, Extent{128, 1, 1}, r);
+    });
   }
-  void through_projection(const Space& s, const void* w_hr, const Step& step, const Step& before) {
-    auto o = at_step<OutputStep>(step);
+  void through_projection(const Space& s, const void* w_hr, const Step& step, const Step& before, int64_t i) {
+    auto o = at_step(OutputStep{}, step);
     for (int64_t d = 0; d < D; ++d) o.known[d] = min(before.rows[d], step.rows[d]);
     o.dh = s.dh;
     o.dh_n = a.dh_n;
@@ -377,19 +223,36 @@ template <class Run> struct Layer {
     o.dp = s.dp;
     o.now = s.dp_now;
     const int64_t n = most_rows(step);
-    with_storage(io, [&](auto t) { over_rows(output_gradient_step<decltype(t)>, o, n, a.output); });
+    with_storage(io, [&](auto t) {
+      using S = decltype(t);
+      if (!options.any) return over_rows(output_gradient_step<S>, o, n, a.output);
+      auto with = with_options<OptionOutputStep>(o, i, true);
+      with.past = s.past;
+      with.scale = s.scale;
+      with.of_h = true;
+      over_rows(option_output_gradient_step<S>, with, n, a.output);
+    });
     multiply_states(s.dp_now, n, w_hr, false, s.dfull, wide, a.output, a.hidden);
   }
-  void cell_backward(const BackwardStep& b, int64_t rows) {
+  void cell_backward(const BackwardStep& b, int64_t rows, int64_t i, const Space& s) {
     with_cell(call.cell, [&](auto c) {
       with_storage(io, [&](auto t) {
         using C = decltype(c);
         using S = decltype(t);
+        constexpr int kV = kLanes<S>;
         const bool vector =
-            vectors<S>(a.hidden, {b.dh, b.dh_n, b.dy.data, b.h0, b.c0, b.y, b.reserve, b.carry, b.dgates, b.now}) &&
-            b.dy.step % kLanes<S> == 0 && b.dy.row % kLanes<S> == 0;
-        if (vector) over_rows(backward_step<C, S, kLanes<S>>, b, rows, a.hidden, kLanes<S>);
-        else over_rows(backward_step<C, S, 1>, b, rows, a.hidden);
+            vectors<S>({b.dh, b.dh_n, b.dy.data, b.h0, b.c0, b.y, b.reserve, b.carry, b.dgates, b.now}) &&
+            b.dy.step % kV == 0 && b.dy.row % kV == 0 && vector_options<S>();
+        if (!options.any) {
+          if (vector) return over_rows(backward_step<C, S, kV>, b, rows, a.hidden, kV);
+          return over_rows(backward_step<C, S, 1>, b, rows, a.hidden);
+        }
+        auto o = with_options<OptionBackwardStep>(b, i, true);
+        o.past = projected ? nullptr : past(s);
+        o.scale = s.scale;
+        o.of_h = !projected;
+        if (vector) over_rows(option_backward_step<C, S, kV>, o, rows, a.hidden, kV);
+        else over_rows(option_backward_step<C, S, 1>, o, rows, a.hidden);
       });
     });
   }
@@ -403,7 +266,6 @@ template <class Run> struct Layer {
       use(k, cell.order[k], n);
     }
   }
-  bool permuted() const { return cell.order[0] != 0; }
 
   void input_gradient(const Space& s) {
     for (int64_t d = 0; d < D; ++d) {
@@ -431,7 +293,11 @@ template <class Run> struct Layer {
   void weight_gradients(const Space& s) {
     Gather from{a.steps, a.batch, a.rows,    a.hidden, a.output, D, (const int64_t*)s.starts,
                 a.y,     a.h0,    a.reserve, s.h_prev};
-    with_storage(io, [&](auto t) { over_rows(gather_states<decltype(t)>, from, a.rows, a.output); });
+    with_storage(io, [&](auto t) {
+      using S = decltype(t);
+      if (options.any) over_rows(option_gather_states<S>, OptionGather{from, options}, a.rows, a.output);
+      else over_rows(gather_states<S>, from, a.rows, a.output);
+    });
     from.to = s.unprojected;
     if (projected)
       with_storage(io, [&](auto t) { over_rows(gather_unprojected<decltype(t)>, from, a.rows, a.hidden); });

@@ -21,6 +21,8 @@ SK_MATH float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 SK_MATH double sigmoid(double x) { return 1. / (1. + exp(-x)); }
 SK_MATH float tanh_(float x) { return tanhf(x); }
 SK_MATH double tanh_(double x) { return tanh(x); }
+SK_MATH float root(float x) { return sqrtf(x); }
+SK_MATH double root(double x) { return sqrt(x); }
 template <class V> SK_MATH V relu(V x) { return x < V(0) ? V(0) : x; }  // written so that a NaN passes
 template <class V> SK_MATH V positive(V x) { return x > V(0) ? V(1) : V(0); }
 

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <tuple>
 
-#include "../core/operands.h"
+#include "../core/layer_options.h"
 #include "launch.h"
 #include "planner.h"
 
@@ -32,6 +32,16 @@ const TorchCuda& torch_cuda() {
   static const TorchCuda found;
   return found;
 }
+
+// The current stream of cuda:index, which is the current device, and the cuBLAS handle bound to it.
+struct Current {
+  void *stream = nullptr, *blas = nullptr;
+  Current(const std::string& cell, int index) {
+    const TorchCuda& functions = torch_cuda();
+    STD_TORCH_CHECK(functions.stream && functions.blas && !functions.stream(index, &stream) && !functions.blas(&blas),
+                    cell, ": torch gave no stream or no cuBLAS handle for cuda:", index);
+  }
+};
 
 void check_devices(const std::string& cell, const Tensor& x, std::initializer_list<const Optional*> some,
                    const Tensors& weights) {
@@ -76,8 +86,8 @@ Plan choose(const Shape& s, const Device& d, bool backward) {
   return plan;
 }
 
-Shape shape_of(const Problem& p, Dtype dtype, bool tf32) {
-  return {p.cell.cell, dtype, tf32, p.steps, p.batch, p.hidden, p.output, p.directions, p.packed};
+Shape shape_of(const Problem& p, Dtype dtype, bool tf32, bool options) {
+  return {p.cell.cell, dtype, tf32, p.steps, p.batch, p.hidden, p.output, p.directions, p.packed, options};
 }
 
 // x as [N, I]: its rows' distance in memory, the same from each to the next; 0 where there is none.
@@ -100,22 +110,28 @@ Sequence as_rows(Tensor& x, const Problem& p) {
 void run(LayerCall& call, const Problem& p, const std::string& cell, const Tensor& x, bool backward) {
   const int index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  const Plan plan = choose(shape_of(p, call.dtype, call.tf32), properties(index), backward);
+  const Plan plan = choose(shape_of(p, call.dtype, call.tf32, call.layer.options.any), properties(index), backward);
   call.plan = &plan;
   const Tensor workspace = torch::stable::new_empty(x, {layer_workspace(call, backward)}, ScalarType::Byte);
-  void *stream = nullptr, *blas = nullptr;
-  const TorchCuda& functions = torch_cuda();
-  STD_TORCH_CHECK(functions.stream && functions.blas && !functions.stream(index, &stream) && !functions.blas(&blas),
-                  cell, ": torch gave no stream or no cuBLAS handle for cuda:", index);
-  const Error error = (backward ? layer_backward : layer_forward)(call, (char*)data(workspace), stream, blas);
+  const Current now(cell, index);
+  const Error error = (backward ? layer_backward : layer_forward)(call, (char*)data(workspace), now.stream, now.blas);
   STD_TORCH_CHECK(!error, cell, ": the ", engine_name(plan.engine), " engine on cuda:", index, " failed: ", error);
 }
 
-ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
-                       bool bidirectional, bool save, bool tf32) {
+constexpr int64_t kUnitsOfFlow = 1;
+
+void check_devices(const std::string& cell, const Tensor& x, const OptionTensors& o) {
+  check_devices(cell, x, {&o.keep, &o.h_mask, &o.zone_h, &o.zone_c, &o.lengths, &o.c_all, &o.dc_all}, {});
+}
+
+ForwardOutputs run_forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
+                           bool bidirectional, bool save, bool tf32, OptionTensors& o) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
+  const bool lstm = p.cell.cell == Cell::kLstm;
   check_devices(cell, x, {&h0, &c0}, weights);
+  check_devices(cell, x, o);
   auto [y, h_n, c_n, reserve] = forward_outputs(p, x, save);
+  if (lstm && (o.want_c || (o.zone_c && save))) o.c_all = empty(x, c_all_sizes(p));
   if (p.rows == 0) return {y, h_n, c_n, reserve};
   const Sequence rows = as_rows(x, p);
   h0 = dense(h0);
@@ -125,22 +141,42 @@ ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Opti
                  p.cell.cell, kernel_dtype(cell, x.scalar_type()), tf32, nullptr};
   call.layer.x = rows;
   call.layer.h_n = data(h_n);
-  call.layer.c_n = p.cell.cell == Cell::kLstm ? data(c_n) : nullptr;
+  call.layer.c_n = lstm ? data(c_n) : nullptr;
+  set_options(call.layer, p, x, o, false, kUnitsOfFlow);
   run(call, p, cell, x, false);
   return {y, h_n, c_n, reserve};
 }
 
-BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0, Tensors weights,
-                         Optional batch_sizes, Tensor y, Tensor reserve, std::string cell, bool bidirectional,
-                         bool need_dx, bool need_dw, bool tf32) {
+ForwardOutputs forward(Tensor x, Optional h0, Optional c0, Tensors weights, Optional batch_sizes, std::string cell,
+                       bool bidirectional, bool save, bool tf32) {
+  OptionTensors none;
+  return run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32, none);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> option_forward(Tensor x, Optional h0, Optional c0, Tensors weights,
+                                                                  Optional batch_sizes, Optional keep, Optional h_mask,
+                                                                  Optional zone_h, Optional zone_c, double clip_value,
+                                                                  std::string cell, bool bidirectional, bool want_c,
+                                                                  bool save, Optional lengths, double clip_norm,
+                                                                  bool tf32) {
+  OptionTensors o{keep, h_mask, zone_h, zone_c, lengths, clip_value, clip_norm, want_c};
+  auto [y, h_n, c_n, reserve] = run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32, o);
+  return {y, h_n, c_n, o.c_all ? *o.c_all : empty(x, {0}), reserve};
+}
+
+BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0,
+                             Tensors weights, Optional batch_sizes, Tensor y, Tensor reserve, std::string cell,
+                             bool bidirectional, bool need_dx, bool need_dw, bool tf32, OptionTensors& o) {
   const Problem p = check_problem(cell, x, h0, c0, weights, batch_sizes, bidirectional);
   const bool lstm = p.cell.cell == Cell::kLstm;
   const Optional outputs[] = {y, reserve};
   check_devices(cell, x, {&h0, &c0, &dy, &dh_n, &dc_n, &outputs[0], &outputs[1]}, weights);
+  check_devices(cell, x, o);
   check_cotangents(p, cell, x.scalar_type(), dy, dh_n, dc_n, y);
   if (p.cell.saved && reserve.numel() == 0)  // forward kept nothing: run it again
     std::tie(y, std::ignore, std::ignore, reserve) =
-        forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true, tf32);
+        run_forward(x, h0, c0, weights, batch_sizes, cell, bidirectional, true, tf32, o);
+  check_c_all(p, x, o);
   Wanted{cell, x.scalar_type()}.check(reserve, "reserve", "[D*N*saved*H]", {reserve_size(p)});
   auto [dx, dh0, dc0, dweights] = backward_outputs(p, x, weights, need_dx, need_dw);
   if (p.rows == 0) return {dx, dh0, dc0, dweights};
@@ -164,21 +200,57 @@ BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Op
   a.dh0 = data(dh0);
   a.dc0 = lstm ? data(dc0) : nullptr;
   for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
+  set_options(a, p, x, o, true, kUnitsOfFlow);
   run(call, p, cell, x, true);
   return {dx, dh0, dc0, dweights};
 }
 
+BackwardOutputs backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0, Optional c0, Tensors weights,
+                         Optional batch_sizes, Tensor y, Tensor reserve, std::string cell, bool bidirectional,
+                         bool need_dx, bool need_dw, bool tf32) {
+  OptionTensors none;
+  return run_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell, bidirectional, need_dx,
+                      need_dw, tf32, none);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor> option_backward(
+    Optional dy, Optional dh_n, Optional dc_n, Optional dc_all, Tensor x, Optional h0, Optional c0, Tensors weights,
+    Optional batch_sizes, Optional keep, Optional h_mask, Optional zone_h, Optional zone_c, double clip_value, Tensor y,
+    Tensor c_all, Tensor reserve, std::string cell, bool bidirectional, bool need_dx, bool need_dw, bool want_flow,
+    Optional lengths, double clip_norm, bool tf32) {
+  OptionTensors o{keep, h_mask, zone_h, zone_c, lengths, clip_value, clip_norm};
+  if (c_all.numel()) o.c_all = dense(c_all);
+  o.dc_all = dc_all;
+  o.want_flow = want_flow;
+  auto [dx, dh0, dc0, dweights] = run_backward(dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, cell,
+                                               bidirectional, need_dx, need_dw, tf32, o);
+  return {dx, dh0, dc0, dweights, o.flow ? *o.flow : empty(x, {0})};
+}
+
+// seed: on the GPU; nobody waits for it.
+Tensor bernoulli(Tensor like, std::vector<int64_t> size, Tensor seed, int64_t stream, double p, double value) {
+  check_bernoulli(seed, p);
+  check_devices("mask", like, {}, {seed});
+  Tensor to = empty(like, size);
+  const int index = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const Random r{(const int64_t*)data(seed), stream, limit_of(p), value, to.numel(), data(to)};
+  const Error error = fill_mask(kernel_dtype("mask", like.scalar_type()), r, Current("mask", index).stream);
+  STD_TORCH_CHECK(!error, "mask: on cuda:", index, ": ", error);
+  return to;
+}
+
 // JSON. `sizes`: T, B, H, P.
 std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
-                 bool backward, int64_t device) {
+                 bool backward, int64_t device, bool options) {
   STD_TORCH_CHECK(sizes.size() == 4, "sizes must be T, B, H, P, got ", sizes.size(), " numbers");
   const ScalarType types[kDtypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   int t = 0;
   while (t < kDtypes && dtype != dtype_name(types[t])) ++t;
   STD_TORCH_CHECK(t < kDtypes, "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
   const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
-  const Shape s{cell_info(cell).cell,  Dtype(t), tf32, sizes[0], sizes[1], sizes[2], sizes[3],
-                bidirectional ? 2 : 1, false};
+  const Shape s{cell_info(cell).cell,  Dtype(t), tf32,   sizes[0], sizes[1], sizes[2], sizes[3],
+                bidirectional ? 2 : 1, false,    options};
   const Plan p = choose(s, properties(int(device)), backward);
   auto field = [](const char* name, int64_t value) {
     return ", \"" + std::string(name) + "\": " + std::to_string(value);
@@ -193,6 +265,9 @@ std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
   m.impl("rnn_layer", TORCH_BOX(&forward));
   m.impl("rnn_layer_backward", TORCH_BOX(&backward));
+  m.impl("option_layer", TORCH_BOX(&option_forward));
+  m.impl("option_layer_backward", TORCH_BOX(&option_backward));
+  m.impl("_bernoulli", TORCH_BOX(&bernoulli));
 }
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_cuda_plan", TORCH_BOX(&plan)); }
 }}  // namespace seqkern::cuda

@@ -61,6 +61,7 @@ struct Shape {
   bool tf32;                                         // kF32 only: products may round their operands to TF32
   int64_t steps, batch, hidden, output, directions;  // output: P, or H without a projection
   bool packed;
+  bool options = false;  // any of LayerOptions
 };
 
 struct Plan {
@@ -154,6 +155,7 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   if (s.dtype == Dtype::kF64) return step_plan("step: float64 has no tensor-core path");
   if (s.dtype == Dtype::kF32 && !s.tf32) return step_plan("step: float32 without TF32");
   if (s.output != s.hidden) return step_plan("step: a projection is set");
+  if (s.options) return step_plan("step: the call has options beyond torch.nn's, or wants c of every step");
   if (d.cc < kMinCc) return step_plan("step: the GPU is older than sm_80");
   if (d.registers_per_sm < 256 * kThreads || d.threads_per_sm < kThreads)
     return step_plan("step: the GPU's SMs are smaller than a block of the grid engine");

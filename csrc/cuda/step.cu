@@ -136,6 +136,14 @@ Error layer_backward(const LayerCall& call, char* workspace, Stream stream, void
   return run.error;
 }
 
+Error fill_mask(Dtype dtype, const Random& r, Stream stream) {
+  if (r.n == 0) return nullptr;
+  const unsigned blocks = unsigned(ceil_div(r.n, 128) < 65535 ? ceil_div(r.n, 128) : 65535);
+  with_storage(dtype, [&](auto t) { random_mask<decltype(t)><<<blocks, 128, 0, (cudaStream_t)stream>>>(r); });
+  const cudaError_t e = cudaGetLastError();
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+
 Error query_device(Device* d) {
   int device = 0, major = 0, minor = 0;
   const struct {

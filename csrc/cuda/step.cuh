@@ -1,149 +1,50 @@
 // Kernels of the `step` engine: the cell of one time step, forward and backward, on the results of its matrix products,
 // and the few kernels over all steps that no matrix product does. Any shape, any dtype, any GPU.
 //
-// T steps, B batch, N rows of all steps together, H hidden, P output (the projection's size where there is one, else
-// H), G gates, K gradients kept for each unit (kGrads), D directions, S the storage type, W the type of sums (double
-// for double, else float). A thread takes V units that lie side by side, of one row; the second direction is
+// Letters as in step_args.h. A thread takes V units that lie side by side, of one row; the second direction is
 // blockIdx.z.
 #pragma once
-#include "math.cuh"
-#include "simt.cuh"
+#include "step_options.cuh"
 
-namespace seqkern { namespace cuda {
+namespace seqkern { namespace cuda { namespace {
 
-// One time step, each direction's own: its rows b in [0, rows) are the layer's rows first + b.
-struct Step {
-  int64_t first[kMaxDirections], rows[kMaxDirections];
-};
-
-struct ForwardStep {
-  Step step;
-  int64_t batch, all_rows, hidden, output, directions;
-  const void* gates_x;               // [D, N, G*H] S: W_ih x
-  const void* gates_h;               // [D, B, G*H] W: W_hh h; null: zeros
-  const void* b_ih[kMaxDirections];  // [G*H] S or null
-  const void* b_hh[kMaxDirections];
-  void* carry;    // [D, B, H] W: the LSTM's c, the GRU's h, as they were before this step and then after it
-  void* h;        // [D, B, H] S: the cell's output
-  void* y;        // [N, D*P] S; null where there is a projection
-  void* reserve;  // [D, N, kSaved, H] S or null
-};
-
-struct BackwardStep {
-  Step step;
-  int64_t batch, all_rows, hidden, output, directions;
-  int64_t known[kMaxDirections];   // rows below were in the step before, in this pass's order: dh holds theirs
-  int64_t before[kMaxDirections];  // first row of the step whose state this one read
-  int64_t fed[kMaxDirections];     // how many rows it has; the others read the initial state
-  const void* dh;                  // [D, B, H] W, d(loss)/d(cell's output) through the steps after
-  const void* dh_n;                // [D, B, H] S or null: the same for rows from `known` on
-  Sequence dy;                     // added to either; data null: nothing
-  const void* h0;                  // [D, B, H] S or null
-  const void* c0;                  // [D, B, H] S or null
-  const void* y;                   // [N, D*P] S
-  const void* reserve;
-  void* carry;   // [D, B, H] W
-  void* dgates;  // [D, N, K*H] S
-  void* now;     // [D, B, K*H] S: each row's latest, for the next product
-};
-
-// Rows of a state from the layer's output: a projection's result, or its gradient.
-struct OutputStep {
-  Step step;
-  int64_t batch, all_rows, output, directions;
-  const void* from;  // forward: [D, B, P] S
-  void* h;           // forward: [D, B, P] S
-  void* y;           // forward: [N, D*P] S
-  int64_t known[kMaxDirections];
-  const void* dh;  // backward: [D, B, P] W, and as in BackwardStep
-  const void* dh_n;
-  Sequence dy;
-  void* dp;   // backward: [D, N, P] S
-  void* now;  // backward: [D, B, P] S
-};
-
-struct Gather {
-  int64_t steps, batch, all_rows, hidden, output, directions;
-  const int64_t* starts;  // on the device, [T+1]; null: step t starts at t * batch
-  const void* y;          // [N, D*P] S
-  const void* h0;         // [D, B, P] S or null
-  const void* reserve;    // [D, N, 5, H] S
-  void* to;
-};
-
-struct BiasSums {
-  int64_t rows, hidden, columns;  // columns: K*H
-  int64_t chunk;                  // rows that a block sums
-  const void* dgates;             // [N, K*H] S
-  void* partial;                  // [chunks, K*H] W
-  int64_t chunks;
-  void *b_ih, *b_hh;  // [G*H] S
-};
-
-constexpr int kUploaded = 448;
-struct Table {
-  int64_t values[kUploaded];
-  int count;
-  int64_t* to;
-};
-
-namespace {
-
-template <class S> struct WideOf {
-  using Type = float;
-};
-template <> struct WideOf<double> {
-  using Type = double;
-};
-template <class S> using Wide = typename WideOf<S>::Type;
-
-SK_MATH double widen(double x) { return x; }
-SK_MATH float widen(float x) { return x; }
-SK_MATH float widen(bf16 x) { return to_float(x); }
-SK_MATH float widen(half_t x) { return to_float(x); }
-SK_MATH void narrow(double x, double& y) { y = x; }
-SK_MATH void narrow(float x, float& y) { y = x; }
-SK_MATH void narrow(float x, bf16& y) { y.bits = from_float<bf16>(x).bits; }
-SK_MATH void narrow(float x, half_t& y) { y.bits = from_float<half_t>(x).bits; }
-
-template <class S> constexpr int kLanes = sizeof(S) == 8 ? 1 : 4;  // of a vector: 16 bytes of float
-
-template <class S, int V> struct alignas(sizeof(S) * V) Lanes {
-  S v[V];
-};
-template <int V, class S> SK_MATH void load(const void* from, int64_t at, S (&to)[V]) {
-  const Lanes<S, V> x = *(const Lanes<S, V>*)((const S*)from + at);
-#pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = x.v[i];
+// The outputs of a row that takes no part in the step; its state stays.
+template <class C, class S, int V>
+SK_MATH void idle_forward(const OptionForwardStep& s, int d, int64_t row, int64_t j) {
+  if (s.y) store_zeros<S, V>(s.y, (row * s.directions + d) * s.output + j);
+  if (s.o.c_all) store_zeros<S, V>(s.o.c_all, (row * s.directions + d) * s.hidden + j);
+  for (int q = 0; s.reserve && q < C::kSaved; ++q)
+    store_zeros<S, V>(s.reserve, ((d * s.all_rows + row) * C::kSaved + q) * s.hidden + j);
 }
-// As numbers of type W. S, the type in memory, has to be named.
-template <class S, int V> SK_MATH void load_wide(const void* from, int64_t at, Wide<S> (&to)[V]) {
-  S x[V];
-  load<V>(from, at, x);
-#pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = widen(x[i]);
-}
-template <class S, int V> SK_MATH void store(void* to, int64_t at, const Wide<S> (&from)[V]) {
-  Lanes<S, V> x;
-#pragma unroll
-  for (int i = 0; i < V; ++i) narrow(from[i], x.v[i]);
-  *(Lanes<S, V>*)((S*)to + at) = x;
-}
-template <class T, int V> SK_MATH void clear(T (&x)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = T(0);
-}
-template <class T> SK_MATH T pick(const T (&of)[kMaxDirections], int d) { return d ? of[1] : of[0]; }
 
-// The first unit of this thread; rows go from first_row() in steps of row_stride().
-template <int V> SK_MATH int64_t first_unit() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V; }
-SK_MATH int64_t first_row() { return int64_t(blockIdx.y) * blockDim.y + threadIdx.y; }
-SK_MATH int64_t row_stride() { return int64_t(gridDim.y) * blockDim.y; }
+// h with its share of the old one, which a cell that carries h has at hand as `old`. at: in [D, B, P].
+template <class S, int V, bool kAtHand, class Step>
+SK_MATH void zone_h(const Step& s, int d, int64_t row, int64_t at, int64_t j, Wide<S> (&old)[V], Wide<S> (&h)[V]) {
+  if (!s.o.zone_h) return;
+  if (!kAtHand) {
+    load_wide<S>(s.h, at, old);
+    keep_state<S>(s.o, row, old);
+  }
+  mix<S>(s.o.zone_h, zone_h_at(s.o, row, d, s.output, j), old, h);
+}
+// h on its way into the product of the step after.
+template <class S, int V, class Step>
+SK_MATH void enter(const Step& s, int d, int64_t b, int64_t at, const Wide<S> (&h)[V]) {
+  if (!s.entering || b >= pick(s.near.both, d)) return;
+  Wide<S> v[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = h[i];
+  keep_state<S>(s.o, pick(s.near.after, d) + b, v);
+  mask_state<S>(s.o, at, v);
+  store<S>(s.entering, at, v);
+}
 
-template <class C, class S, int V> SK_MATH void cell_forward(const ForwardStep& s, int d, int64_t b, int64_t j) {
+template <class C, class S, int V, class Step> SK_MATH void cell_forward(const Step& s, int d, int64_t b, int64_t j) {
   using W = Wide<S>;
   constexpr int kG = C::kGates, kSaved = C::kSaved;
   const int64_t row = pick(s.step.first, d) + b, state = (d * s.batch + b) * s.hidden + j;
+  if constexpr (Step::kOptions)
+    if (!inside(s.o, pick(s.near.time, d), b)) return idle_forward<C, S, V>(s, d, row, j);
   const void *b_ih = pick(s.b_ih, d), *b_hh = pick(s.b_hh, d);
   W x[kG][V], h[kG][V], carry[V], out[V], saved[kSaved ? kSaved : 1][V];
 #pragma unroll
@@ -163,6 +64,12 @@ template <class C, class S, int V> SK_MATH void cell_forward(const ForwardStep& 
   }
   if (C::kCarry != Carry::kNone) load<V>(s.carry, state, carry);
   else clear(carry);
+  W old[V];
+  if constexpr (Step::kOptions) {
+    keep_state<S>(s.o, row, carry);
+#pragma unroll
+    for (int i = 0; i < V; ++i) old[i] = carry[i];
+  }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     W xi[kG], hi[kG], si[kSaved ? kSaved : 1];
@@ -171,6 +78,19 @@ template <class C, class S, int V> SK_MATH void cell_forward(const ForwardStep& 
     C::forward(xi, hi, carry[i], out[i], si);
 #pragma unroll
     for (int q = 0; q < kSaved; ++q) saved[q][i] = si[q];
+  }
+  if constexpr (Step::kOptions) {
+    if (C::kCarry == Carry::kCell) {
+      if (s.o.zone_c) mix<S>(s.o.zone_c, zone_c_at(s.o, row, d, s.hidden, j), old, carry);
+      if (s.o.c_all) store<S>(s.o.c_all, (row * s.directions + d) * s.hidden + j, carry);
+    }
+    if (s.y) {  // else the projection's result is h
+      zone_h<S, V, C::kCarry == Carry::kHidden>(s, d, row, state, j, old, out);
+      enter<S>(s, d, b, state, out);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (C::kCarry == Carry::kHidden) carry[i] = out[i];
   }
   if (C::kCarry != Carry::kNone) store<W>(s.carry, state, carry);
   store<S>(s.h, state, out);
@@ -182,18 +102,34 @@ template <class C, class S, int V> SK_MATH void cell_forward(const ForwardStep& 
   }
 }
 
-template <class C, class S, int V> __global__ void __launch_bounds__(128) forward_step(ForwardStep s) {
+template <class C, class S, int V, class Step> SK_MATH void forward_rows(const Step& s) {
   const int d = blockIdx.z;
   const int64_t j = first_unit<V>(), rows = pick(s.step.rows, d);
   if (j >= s.hidden) return;
   for (int64_t b = first_row(); b < rows; b += row_stride()) cell_forward<C, S, V>(s, d, b, j);
 }
+template <class C, class S, int V> __global__ void __launch_bounds__(128) forward_step(ForwardStep s) {
+  forward_rows<C, S, V>(s);
+}
+// Left to itself, ptxas spills a register here to have one block more on an SM.
+template <class C, class S, int V> __global__ void __launch_bounds__(128, 4) option_forward_step(OptionForwardStep s) {
+  forward_rows<C, S, V>(s);
+}
 
+// The part of d(loss)/d(output) that comes from the steps after, or from the projection.
+template <class S, int V, class Args>
+SK_MATH void known_gradient(const Args& s, int64_t width, int d, int64_t b, int64_t j, Wide<S> (&dh)[V]) {
+  if constexpr (Args::kOptions)
+    if (s.of_h) return state_gradient<S>(s, width, d, b, j, pick(s.near.after, d) + b, dh);
+  load<V>(s.dh, (d * s.batch + b) * width + j, dh);
+}
 // d(loss)/d(output) of row b, units j to j + V, of a state with `width` units.
 template <class S, int V, class Args>
 SK_MATH void output_gradient(const Args& s, int64_t width, int d, int64_t b, int64_t j, Wide<S> (&dh)[V]) {
   const int64_t state = (d * s.batch + b) * width + j;
-  if (b < pick(s.known, d)) load<V>(s.dh, state, dh);
+  bool known = b < pick(s.known, d);
+  if constexpr (Args::kOptions) known = known && (!s.of_h || inside(s.o, pick(s.near.time_after, d), b));
+  if (known) known_gradient<S>(s, width, d, b, j, dh);
   else if (s.dh_n) load_wide<S>(s.dh_n, state, dh);
   else clear(dh);
   if (!s.dy.data) return;
@@ -204,35 +140,99 @@ SK_MATH void output_gradient(const Args& s, int64_t width, int d, int64_t b, int
 #pragma unroll
   for (int i = 0; i < V; ++i) dh[i] += dy[i];
 }
+// What of dh, which is h's, goes past the cell; dh keeps what is the cell's.
+template <class S, int V, class Args>
+SK_MATH void past_cell(const Args& s, int d, int64_t row, int64_t j, Wide<S> (&dh)[V], Wide<S> (&past)[V]) {
+  watch<S>(s, 0, d, row, j, dh);
+  if (s.o.zone_h) share<S>(s.o.zone_h, zone_h_at(s.o, row, d, s.output, j), past, dh);
+}
 
+// c of row `row` of all steps: of the reserve, unless zoneout came between.
+template <class C, class S, int V, class Step>
+SK_MATH void previous_cell(const Step& s, int d, int64_t row, int64_t j, Wide<S> (&c)[V]) {
+  if constexpr (Step::kOptions)
+    if (s.o.c_all) return load_wide<S>(s.o.c_all, (row * s.directions + d) * s.hidden + j, c);
+  load_wide<S>(s.reserve, ((d * s.all_rows + row) * C::kSaved + C::kSaved - 1) * s.hidden + j, c);
+}
 // The state that the step read: h for the GRU, c for the LSTM.
-template <class C, class S, int V>
-SK_MATH void previous(const BackwardStep& s, int d, int64_t b, int64_t j, Wide<S> (&prev)[V]) {
+template <class C, class S, int V, class Step>
+SK_MATH void previous(const Step& s, int d, int64_t b, int64_t j, Wide<S> (&prev)[V]) {
   const bool cell = C::kCarry == Carry::kCell;
   const int64_t row = pick(s.before, d) + b;
   const void* initial = cell ? s.c0 : s.h0;
+  bool fed = b < pick(s.fed, d);
+  if constexpr (Step::kOptions) fed = fed && inside(s.o, pick(s.near.time_before, d), b);
   if (C::kCarry == Carry::kNone) clear(prev);
-  else if (b < pick(s.fed, d) && cell)
-    load_wide<S>(s.reserve, ((d * s.all_rows + row) * C::kSaved + C::kSaved - 1) * s.hidden + j, prev);
-  else if (b < pick(s.fed, d)) load_wide<S>(s.y, (row * s.directions + d) * s.output + j, prev);
+  else if (fed && cell) previous_cell<C, S>(s, d, row, j, prev);
+  else if (fed) load_wide<S>(s.y, (row * s.directions + d) * s.output + j, prev);
   else if (initial) load_wide<S>(initial, (d * s.batch + b) * s.hidden + j, prev);
   else clear(prev);
+  if constexpr (Step::kOptions) keep_state<S>(s.o, pick(s.step.first, d) + b, prev);
 }
 
-template <class C, class S, int V> SK_MATH void cell_backward(const BackwardStep& s, int d, int64_t b, int64_t j) {
+// The gradient of all of c' from `carry`, which the step after left, without what h' brings; then what is the cell's
+// of it, and in `past` what goes past the cell.
+template <class C, class S, int V>
+SK_MATH void carry_gradient(const OptionBackwardStep& s, int d, int64_t b, int64_t j, const Wide<S> (&dh)[V],
+                            const Wide<S> (&saved)[C::kSaved ? C::kSaved : 1][V], Wide<S> (&carry)[V],
+                            Wide<S> (&past)[V]) {
+  using W = Wide<S>;
+  const int64_t row = pick(s.step.first, d) + b, at = (row * s.directions + d) * s.hidden + j;
+  if (b < pick(s.near.both, d) && inside(s.o, pick(s.near.time_after, d), b)) {
+    clip<S>(s.o, s.scale, (s.directions + d) * s.batch + b, carry);
+    keep_state<S>(s.o, pick(s.near.after, d) + b, carry);
+  }
+  if (s.o.dc_all) {
+    W more[V];
+    load_wide<S>(s.o.dc_all, at, more);
+#pragma unroll
+    for (int i = 0; i < V; ++i) carry[i] += more[i];
+  }
+  if constexpr (C::kCarry == Carry::kCell) {
+    if (s.o.flow && s.o.zone_c) {  // h' is read from the c' before the mixture
+      watch<S>(s, 1, d, row, j, carry);
+    } else if (s.o.flow) {
+      W all[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        W si[C::kSaved];
+#pragma unroll
+        for (int q = 0; q < C::kSaved; ++q) si[q] = saved[q][i];
+        all[i] = C::cell_gradient(si, dh[i], carry[i]);
+      }
+      watch<S>(s, 1, d, row, j, all);
+    }
+  }
+  if (s.o.zone_c) share<S>(s.o.zone_c, zone_c_at(s.o, row, d, s.hidden, j), past, carry);
+}
+
+template <class C, class S, int V, class Step> SK_MATH void cell_backward(const Step& s, int d, int64_t b, int64_t j) {
   using W = Wide<S>;
   constexpr int kSaved = C::kSaved, kK = C::kGrads;
   const int64_t row = pick(s.step.first, d) + b, state = (d * s.batch + b) * s.hidden + j;
   W dh[V], prev[V], carry[V], out[V], saved[kSaved ? kSaved : 1][V], grad[kK][V];
+  W past_h[V], past_c[V];  // with options
+  if constexpr (Step::kOptions) {
+    if (!inside(s.o, pick(s.near.time, d), b)) {
+#pragma unroll
+      for (int k = 0; k < kK; ++k) store_zeros<S, V>(s.dgates, ((d * s.all_rows + row) * kK + k) * s.hidden + j);
+      return;
+    }
+    clear(past_h);
+    clear(past_c);
+  }
   output_gradient<S>(s, s.hidden, d, b, j, dh);
+  if constexpr (Step::kOptions)
+    if (s.of_h) past_cell<S>(s, d, row, j, dh, past_h);
   previous<C, S>(s, d, b, j, prev);
 #pragma unroll
   for (int q = 0; q < kSaved; ++q)
     load_wide<S>(s.reserve, ((d * s.all_rows + row) * kSaved + q) * s.hidden + j, saved[q]);
   if (kSaved) clear(out);
   else load_wide<S>(s.y, (row * s.directions + d) * s.output + j, out);
-  if (C::kCarry != Carry::kNone) load<V>(s.carry, state, carry);
+  if (C::kCarry == Carry::kCell || (C::kCarry == Carry::kHidden && !Step::kOptions)) load<V>(s.carry, state, carry);
   else clear(carry);
+  if constexpr (Step::kOptions && C::kCarry == Carry::kCell) carry_gradient<C, S>(s, d, b, j, dh, saved, carry, past_c);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     W si[kSaved ? kSaved : 1], gi[kK];
@@ -242,6 +242,11 @@ template <class C, class S, int V> SK_MATH void cell_backward(const BackwardStep
 #pragma unroll
     for (int k = 0; k < kK; ++k) grad[k][i] = gi[k];
   }
+  if constexpr (Step::kOptions) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) carry[i] += C::kCarry == Carry::kHidden ? past_h[i] : past_c[i];
+    if (C::kCarry != Carry::kHidden && s.of_h && s.past) store<W>(s.past, state, past_h);
+  }
   if (C::kCarry != Carry::kNone) store<W>(s.carry, state, carry);
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
@@ -250,135 +255,75 @@ template <class C, class S, int V> SK_MATH void cell_backward(const BackwardStep
   }
 }
 
-template <class C, class S, int V> __global__ void __launch_bounds__(128) backward_step(BackwardStep s) {
+template <class C, class S, int V, class Step> SK_MATH void backward_rows(const Step& s) {
   const int d = blockIdx.z;
   const int64_t j = first_unit<V>(), rows = pick(s.step.rows, d);
   if (j >= s.hidden) return;
   for (int64_t b = first_row(); b < rows; b += row_stride()) cell_backward<C, S, V>(s, d, b, j);
 }
+template <class C, class S, int V> __global__ void __launch_bounds__(128) backward_step(BackwardStep s) {
+  backward_rows<C, S, V>(s);
+}
+template <class C, class S, int V> __global__ void __launch_bounds__(128, 4)
+    option_backward_step(OptionBackwardStep s) {
+  backward_rows<C, S, V>(s);
+}
 
 // What the projection yielded, into the state and the output.
-template <class S> __global__ void __launch_bounds__(128) output_step(OutputStep s) {
+template <class S, class Step> SK_MATH void output_rows(const Step& s) {
   const int d = blockIdx.z;
   const int64_t j = first_unit<1>();
   if (j >= s.output) return;
   for (int64_t b = first_row(); b < pick(s.step.rows, d); b += row_stride()) {
     const int64_t state = (d * s.batch + b) * s.output + j, row = pick(s.step.first, d) + b;
-    const S h = ((const S*)s.from)[state];
+    S* y = (S*)s.y + (row * s.directions + d) * s.output + j;
+    S h = ((const S*)s.from)[state];
+    if constexpr (Step::kOptions) {
+      if (!inside(s.o, pick(s.near.time, d), b)) {
+        store_zeros<S, 1>(y, 0);
+        continue;
+      }
+      Wide<S> old[1], v[1] = {widen(h)};
+      zone_h<S, 1, false>(s, d, row, state, j, old, v);
+      enter<S>(s, d, b, state, v);
+      narrow(v[0], h);
+    }
     ((S*)s.h)[state] = h;
-    ((S*)s.y)[(row * s.directions + d) * s.output + j] = h;
+    *y = h;
   }
 }
+template <class S> __global__ void __launch_bounds__(128) output_step(OutputStep s) { output_rows<S>(s); }
+template <class S> __global__ void __launch_bounds__(128) option_output_step(OptionOutputStep s) { output_rows<S>(s); }
 
 // d(loss)/d(projection's result).
-template <class S> __global__ void __launch_bounds__(128) output_gradient_step(OutputStep s) {
+template <class S, class Step> SK_MATH void output_gradient_rows(const Step& s) {
   const int d = blockIdx.z;
   const int64_t j = first_unit<1>();
   if (j >= s.output) return;
   for (int64_t b = first_row(); b < pick(s.step.rows, d); b += row_stride()) {
-    const int64_t row = pick(s.step.first, d) + b;
+    const int64_t row = pick(s.step.first, d) + b, state = (d * s.batch + b) * s.output + j;
+    const int64_t at = (d * s.all_rows + row) * s.output + j;
     Wide<S> dh[1];
+    if constexpr (Step::kOptions)
+      if (!inside(s.o, pick(s.near.time, d), b)) {
+        store_zeros<S, 1>(s.dp, at);
+        continue;
+      }
     output_gradient<S>(s, s.output, d, b, j, dh);
-    store<S>(s.dp, (d * s.all_rows + row) * s.output + j, dh);
-    store<S>(s.now, (d * s.batch + b) * s.output + j, dh);
+    if constexpr (Step::kOptions) {
+      Wide<S> past[1] = {Wide<S>(0)};
+      past_cell<S>(s, d, row, j, dh, past);
+      if (s.past) store<Wide<S>>(s.past, state, past);
+    }
+    store<S>(s.dp, at, dh);
+    store<S>(s.now, state, dh);
   }
 }
-
-// The step t that row `row` belongs to: the last with starts[t] <= row.
-SK_MATH int64_t step_of(const Gather& g, int64_t row) {
-  if (!g.starts) return row / g.batch;
-  int64_t low = 0, high = g.steps;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (g.starts[middle] <= row) low = middle;
-    else high = middle;
-  }
-  return low;
+template <class S> __global__ void __launch_bounds__(128) output_gradient_step(OutputStep s) {
+  output_gradient_rows<S>(s);
 }
-SK_MATH int64_t start_of(const Gather& g, int64_t t) { return g.starts ? g.starts[t] : t * g.batch; }
-
-// to [D, N, P] S: the state h that each row's step read.
-template <class S> __global__ void __launch_bounds__(128) gather_states(Gather g) {
-  const int d = blockIdx.z;
-  const int64_t j = first_unit<1>();
-  for (int64_t row = first_row(); row < g.all_rows; row += row_stride()) {
-    const int64_t t = step_of(g, row), b = row - start_of(g, t), from = d ? t + 1 : t - 1;
-    const bool fed = from >= 0 && from < g.steps && b < start_of(g, from + 1) - start_of(g, from);
-    if (j >= g.output) continue;
-    S h;
-    if (fed) h = ((const S*)g.y)[((start_of(g, from) + b) * g.directions + d) * g.output + j];
-    else if (g.h0) h = ((const S*)g.h0)[(d * g.batch + b) * g.output + j];
-    else narrow(Wide<S>(0), h);
-    ((S*)g.to)[(d * g.all_rows + row) * g.output + j] = h;
-  }
-}
-
-// to [D, N, H] S: what the LSTM's projection multiplied.
-template <class S> __global__ void __launch_bounds__(128) gather_unprojected(Gather g) {
-  const int d = blockIdx.z;
-  const int64_t j = first_unit<1>();
-  if (j >= g.hidden) return;
-  for (int64_t row = first_row(); row < g.all_rows; row += row_stride()) {
-    Wide<S> saved[Lstm::kSaved];
-#pragma unroll
-    for (int q = 0; q < Lstm::kSaved; ++q)
-      saved[q] = widen(((const S*)g.reserve)[((d * g.all_rows + row) * Lstm::kSaved + q) * g.hidden + j]);
-    narrow(Lstm::unprojected(saved), ((S*)g.to)[(d * g.all_rows + row) * g.hidden + j]);
-  }
-}
-
-// Sums over rows in a fixed order: a block takes 32 columns of a chunk of rows, its warps every kSumWarps-th row.
-constexpr int kSumWarps = 8;
-template <class S> __global__ void __launch_bounds__(32 * kSumWarps) sum_rows(BiasSums s) {
-  using W = Wide<S>;
-  SK_SHARED_STATIC(W, part, kSumWarps * 32);
-  const int64_t column = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  const int64_t begin = blockIdx.y * s.chunk, end = begin + s.chunk < s.rows ? begin + s.chunk : s.rows;
-  W sum = 0;
-  if (column < s.columns)
-    for (int64_t row = begin + threadIdx.y; row < end; row += kSumWarps)
-      sum += widen(((const S*)s.dgates)[row * s.columns + column]);
-  part[threadIdx.y * 32 + threadIdx.x] = sum;
-  block_sync();
-  if (threadIdx.y || column >= s.columns) return;
-  for (int w = 1; w < kSumWarps; ++w) sum += part[w * 32 + threadIdx.x];
-  ((W*)s.partial)[blockIdx.y * s.columns + column] = sum;
-}
-
-// A column's sum to the gates that it stands for. kOrder may only be read where the index is known when compiling.
-template <class C, class S, int g = 0> SK_MATH void place_sum(const BiasSums& s, int64_t column, Wide<S> sum) {
-  if constexpr (g < C::kGates) {
-    constexpr int x = C::kOrder[g], h = C::kOrderH[g];
-    const int64_t k = column / s.hidden, j = column % s.hidden;
-    if (k == g) narrow(sum, ((S*)s.b_ih)[x * s.hidden + j]);
-    if (k == g + C::kGrads - C::kGates) narrow(sum, ((S*)s.b_hh)[h * s.hidden + j]);
-    place_sum<C, S, g + 1>(s, column, sum);
-  }
-}
-template <class C, class S> __global__ void __launch_bounds__(128) sum_chunks(BiasSums s) {
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (column >= s.columns) return;
-  Wide<S> sum = 0;
-  for (int64_t i = 0; i < s.chunks; ++i) sum += ((const Wide<S>*)s.partial)[i * s.columns + column];
-  place_sum<C, S>(s, column, sum);
-}
-
-// n values of S as W, and W (and, where it is not null, `add`) as S.
-template <class S> __global__ void __launch_bounds__(128) widen_all(const void* from, void* to, int64_t n) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) ((Wide<S>*)to)[i] = widen(((const S*)from)[i]);
-}
-template <class S>
-__global__ void __launch_bounds__(128) narrow_all(const void* from, const void* add, void* to, int64_t n) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  Wide<S> x = ((const Wide<S>*)from)[i];
-  if (add) x += ((const Wide<S>*)add)[i];
-  narrow(x, ((S*)to)[i]);
-}
-
-__global__ void __launch_bounds__(128) upload_table(Table t) {
-  for (int i = threadIdx.x; i < t.count; i += blockDim.x) t.to[i] = t.values[i];
+template <class S> __global__ void __launch_bounds__(128) option_output_gradient_step(OptionOutputStep s) {
+  output_gradient_rows<S>(s);
 }
 
 }  // namespace

@@ -17,9 +17,11 @@ namespace seqkern { namespace cuda { namespace {
 template <class T> T get(const py::dict& d, const char* name) { return d[name].template cast<T>(); }
 
 Shape shape_of(const py::dict& d) {
-  return {Cell(get<int>(d, "cell")), Dtype(get<int>(d, "dtype")),   get<bool>(d, "tf32"),
-          get<int64_t>(d, "steps"),  get<int64_t>(d, "batch"),      get<int64_t>(d, "hidden"),
-          get<int64_t>(d, "output"), get<int64_t>(d, "directions"), get<bool>(d, "packed")};
+  return {Cell(get<int>(d, "cell")), Dtype(get<int>(d, "dtype")),
+          get<bool>(d, "tf32"),      get<int64_t>(d, "steps"),
+          get<int64_t>(d, "batch"),  get<int64_t>(d, "hidden"),
+          get<int64_t>(d, "output"), get<int64_t>(d, "directions"),
+          get<bool>(d, "packed"),    d.contains("options") && get<bool>(d, "options")};
 }
 Device device_of(const py::dict& d) {
   return {get<int>(d, "sms"),

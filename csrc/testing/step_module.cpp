@@ -100,6 +100,7 @@ struct Arrays {
       add(item.first.cast<std::string>(), array, array.data());
     }
     for (auto item : out) add(item.first.cast<std::string>(), item.second.cast<py::array>(), nullptr);
+    if (buffers.count("flow")) buffers["flow"]->zero();  // as cuda/ops.cpp allocates it
   }
   void add(const std::string& name, const py::array& array, const void* data) {
     if (!(array.flags() & py::array::c_style)) throw std::invalid_argument(name + ": must be contiguous");
@@ -150,6 +151,24 @@ LayerArgs layer_of(const py::dict& sizes, const Arrays& m) {
   a.dx = m.at("dx");
   a.dh0 = m.at("dh0");
   a.dc0 = m.at("dc0");
+  LayerOptions& o = a.options;
+  o.keep = m.at("keep");
+  o.h_mask = m.at("h_mask");
+  o.zone_h = m.at("zone_h");
+  o.zone_c = m.at("zone_c");
+  o.lengths = (const int64_t*)m.at("lengths");
+  o.c_all = m.at("c_all");
+  o.dc_all = m.at("dc_all");
+  o.flow = m.at("flow");
+  o.flow_panels = a.hidden > a.output ? a.hidden : a.output;
+  if (sizes.contains("clip_value")) {
+    o.clip_value = sizes["clip_value"].cast<double>();
+    o.clip_norm = sizes["clip_norm"].cast<double>();
+    o.zone_h_row = get("zone_h_row");
+    o.zone_c_row = get("zone_c_row");
+  }
+  o.any = o.keep || o.h_mask || o.zone_h || o.zone_c || o.lengths || o.c_all || o.dc_all || o.flow ||
+          o.clip_value > 0 || o.clip_norm > 0;
   for (int64_t d = 0; d < a.directions; ++d) a.weights[d] = weights_of(m, "", d), a.dweights[d] = weights_of(m, "d", d);
   return a;
 }
@@ -173,7 +192,8 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
   for (int64_t n : batch_sizes) starts.push_back(starts.back() + n);
   a.sizes = batch_sizes.data();
   a.starts = starts.data();
-  const Shape shape{call.cell, call.dtype, call.tf32, a.steps, a.batch, a.hidden, a.output, a.directions, a.x.packed};
+  const Shape shape{call.cell, call.dtype, call.tf32,    a.steps,    a.batch,
+                    a.hidden,  a.output,   a.directions, a.x.packed, a.options.any};
   const Plan plan = device.is_none() ? detail::step_plan("step: for a test")
                                      : (backward ? plan_backward : plan_forward)(shape, device_of(device));
   call.plan = &plan;
@@ -190,6 +210,14 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
   return done;
 }
 
+// to: an array of `dtype`, of 16-bit numbers as integers.
+void random(int dtype, int64_t seed, int64_t stream, int64_t limit, double value, const py::array& to) {
+  const host::Global seed_at("seed", &seed, sizeof seed), mask("mask", to.nbytes());
+  const Random r{seed_at.as<int64_t>(), stream, limit, value, to.size(), mask.as<void>()};
+  with_storage(Dtype(dtype), [&](auto t) { host_launch(random_mask<decltype(t)>, {3, 1, 1}, {128, 1, 1}, 0, 1, r); });
+  mask.copy_to(py::array(to).mutable_data());
+}
+
 }  // namespace
 }}  // namespace seqkern::cuda
 
@@ -201,6 +229,8 @@ void bind_step(py::module_& m) {
         "`outputs`; returns the engine and how many launches and products it took.",
         py::arg("sizes"), py::arg("backward"), py::arg("inputs"), py::arg("outputs"), py::arg("seed"),
         py::arg("device") = py::none());
+  m.def("random", cuda::random, "A random mask, by the kernel behind seqkern::_bernoulli.", py::arg("dtype"),
+        py::arg("seed"), py::arg("stream"), py::arg("limit"), py::arg("value"), py::arg("to"));
 }
 
 }}  // namespace seqkern::testing
