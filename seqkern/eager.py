@@ -18,13 +18,14 @@ class Formula(NamedTuple):
 
     operator: Callable
     setup: Callable  # (ctx, inputs, output), as for torch.library.register_autograd
-    gradients: Callable  # (ctx, needed, *cotangents) -> gradients of x, h0, c0 and a list of the weights'
+    gradients: Callable  # (ctx, saved, needed, *cotangents) -> gradients of x, h0, c0 and a list of the weights'
 
     def register(self, name: str, others: int) -> None:
         """As the operator's autograd; others: how many arguments follow the weights."""
 
         def backward(ctx, *cotangents):
-            return (*self.gradients(ctx, ctx.needs_input_grad[:4], *cotangents), *[None] * others)
+            needed = ctx.needs_input_grad[:4]
+            return (*self.gradients(ctx, ctx.saved_tensors, needed, *cotangents), *[None] * others)
 
         torch.library.register_autograd(name, backward, setup_context=self.setup)
 
@@ -42,11 +43,12 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         needed = (*ctx.needs_input_grad[2:5], ctx.needs_input_grad[5:])
+        saved = ctx.saved_tensors  # with autograd on: torch.utils.checkpoint runs forward again here
         if torch.is_grad_enabled():  # a second derivative is wanted: through the backward operator's own formula
-            *states, weights = ctx.formula.gradients(ctx, needed, *cotangents)
+            *states, weights = ctx.formula.gradients(ctx, saved, needed, *cotangents)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                *states, weights = ctx.formula.gradients(ctx, needed, *cotangents)
+                *states, weights = ctx.formula.gradients(ctx, saved, needed, *cotangents)
         return None, None, *states, *weights
 
 

@@ -69,8 +69,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, h0, c0, batch_sizes, *masks, y, c_all, reserve, *weights)
 
 
-def _gradients(ctx, needed, dy, dh_n, dc_n, dc_all, _):
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
+def _gradients(ctx, saved, needed, dy, dh_n, dc_n, dc_all, _):
     x, h0, c0, batch_sizes, *masks, y, c_all, reserve = saved[:11]
     weights = list(saved[11:])
     need_x, need_h0, need_c0, need_weights = needed

@@ -147,8 +147,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(gx, h0, c0, batch_sizes, *masks, read, reserve, *params)
 
 
-def _gradients(ctx, needed, dy, dh_n, dc_n, dc_all, *_):
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
+def _gradients(ctx, saved, needed, dy, dh_n, dc_n, dc_all, *_):
     gx, h0, c0, batch_sizes, *masks, read, reserve = saved[:10]
     need_gx, need_h0, need_c0, need_params = needed
     if dy is None and dh_n is None and dc_n is None and dc_all is None:

@@ -180,3 +180,10 @@ def test_autocast():
         y, h = m(x)
     assert y.dtype == h.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), m(x)[0], rtol=0, atol=0.05)
+
+
+def test_the_truth_of_float64_has_more_digits():
+    one = exact(torch.ones(1, dtype=torch.float64, requires_grad=True))
+    small = one * 2.0**-60
+    (gradient,) = torch.autograd.grad((one * one * (one + small)).sum(), one)
+    assert rounded(one + small - 1) == 2.0**-60 and rounded(gradient - 3) == 3 * 2.0**-60
