@@ -103,6 +103,7 @@ results: $(VENV)/built.stamp
 	$(FORCED) $(PY) bench/attention.py --json bench/results/attention.jsonl
 	$(FORCED) $(PY) bench/decoding.py --json bench/results/decoding.jsonl
 	$(FORCED) $(PY) bench/options.py --json bench/results/options.jsonl
+	$(FORCED) $(PY) bench/policy.py --json bench/results/policy.jsonl
 	$(PY) bench/report.py bench/results --readme
 
 cuda-check: $(VENV)/toolkit.stamp

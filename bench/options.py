@@ -14,7 +14,6 @@ import argparse
 import fnmatch
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -157,14 +156,6 @@ CASES["mingru"] = Case((4096, 8, 256), "torch.nn.GRU", mingru, False)
 CASES["mingru-linear"] = Case((65536, 1, 256), "16 pieces of 4096 steps, each from zeros", mingru_steps, False)
 
 
-def cpu_time(run: timing.Run, calls: int) -> float:
-    """Seconds per call that the process spent on the CPU."""
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
-
-
 def measure(name: str, case: Case, budget: timing.Budget, clock: timing.Sample) -> dict[str, object]:
     torch.manual_seed(0)
     T, B, H = case.shape
@@ -209,7 +200,7 @@ def main() -> None:
         chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in args.cases)]
         budget = timing.Budget(samples=24, low=0.5, high=args.seconds)
         for i, name in enumerate(chosen):
-            line = measure(name, CASES[name], budget, cpu_time if args.cpu_time else timing.clock) | about
+            line = measure(name, CASES[name], budget, timing.cpu_time if args.cpu_time else timing.clock) | about
             times = f"{line['ms']:.1f} ms, peer {line['peer_ms']:.1f}, ratio {line['ratio']:.2f}"
             print(f"[{i + 1}/{len(chosen)}] {name}: {times}", flush=True)
             with args.json.open("a") as file:

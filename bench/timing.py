@@ -100,6 +100,14 @@ def clock(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def cpu_time(run: Run, calls: int) -> float:
+    """Seconds per call that the process spent on the CPU: for one thread on a machine with other work."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
+
+
 def _warm(run: Run, sample: Sample, span: float = 1e-3) -> tuple[float, int]:
     """Calls until caches, pools and pages are there; returns a call's duration and how many make `span` seconds."""
     first = sample(run, 1)

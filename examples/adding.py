@@ -9,8 +9,8 @@ always answers 1 has a mean squared error of 1/6; below that, a model has carrie
 
 For each cell and length this trains a model, and shows with `seqkern.diagnostics.gradient_flow` the gradient of the
 loss with respect to the state at every step, before training and after. Gates start open for about as long as the
-sequences are (`open_gates`): so LSTM and GRU solve T = 100 and 300, and a GRU T = 1000, in 1,500 updates, while an LSTM
-of which only the forget gate's bias starts at log(T) did not solve T = 100. The RNN's gradient vanishes, and it does no
+sequences are (`open_gates`): so LSTM and GRU solve T = 100, 300 and 1000 in 1,500 updates, while an LSTM of which only
+the forget gate's bias starts at log(T) did not solve T = 100. The RNN's gradient vanishes, and it does no
 better than who always answers 1.
 
 Needs: pip install matplotlib (for --plot)

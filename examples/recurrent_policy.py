@@ -7,7 +7,7 @@ Sixteen carts run side by side. A stretch of T steps of all of them, x [T, B, I]
 episodes end and others begin: at those steps the state must be cleared, and no gradient may pass. torch.nn's layers
 cannot do that inside a call, so that such code steps through time in Python (`StepByStep`). seqkern takes `resets`
 [T, B] and the whole stretch in one call (`InOneCall`). Both have the same weights; from the same seed both see the
-same episodes.
+same episodes (in float64, with weights rounded to float32 after each update: `round_off`).
 
 The training is PPO (Schulman et al. 2017) with a GRU before the policy and the value; the observation is CartPole's
 position and angle, without the two speeds, which only memory can supply.
@@ -154,6 +154,15 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, s: Stretch, genera
             optimizer.step()
 
 
+@torch.no_grad()
+def round_off(policy: Policy) -> None:
+    """To float32 numbers. Such training multiplies a difference by about five in an update, so that two ways to sum,
+    1e-16 apart, would choose different actions after thirty updates; what is rounded off here, they never see.
+    """
+    for p in policy.parameters():
+        p.copy_(p.float())
+
+
 class Trained(NamedTuple):
     lengths: list[float]  # mean length of the episodes that ended in each update
     seconds: float  # in `improve`
@@ -170,6 +179,7 @@ def train(core: type[nn.Module], updates: int, steps: int, batch: int, hidden: i
         stretch, h = play(policy, carts, h, steps, generator)
         start = time.perf_counter()
         improve(policy, optimizer, stretch, generator)
+        round_off(policy)
         seconds += time.perf_counter() - start
         # Where all play on, the longest that anyone has played by now.
         lengths.append(sum(carts.finished) / len(carts.finished) if carts.finished else float(max(carts.length)))

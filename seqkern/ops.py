@@ -72,17 +72,17 @@ def _keep(ctx, sequence, weights, batch_sizes, options, results):
     ctx.save_for_backward(*sequence, batch_sizes, y, reserve, *weights)
 
 
-def _gradients(ctx, dy, dh_n, dc_n, needed, any_weight):
+def _gradients(ctx, saved, cotangents, needed, any_weight):
     """Gradients of x, h0, c0 and the weights, None for those that are not needed; `needed`: of x, h0, c0."""
-    x, h0, c0, batch_sizes, y, reserve, *weights = ctx.saved_tensors
+    x, h0, c0, batch_sizes, y, reserve, *weights = saved
     options = (ctx.cell, ctx.bidirectional, needed[0], any_weight)
     if ctx.watcher is None:
         dx, dh0, dc0, dweights = rnn_layer_backward(
-            dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, reserve, *options, ctx.tf32
+            *cotangents, x, h0, c0, weights, batch_sizes, y, reserve, *options, ctx.tf32
         )
     else:
         dx, dh0, dc0, dweights, flow = torch.ops.seqkern.option_layer_backward(
-            dy, dh_n, dc_n, None, x, h0, c0, weights, batch_sizes, *[None] * 4, 0.0, y, x.new_empty(0), reserve,
+            *cotangents, None, x, h0, c0, weights, batch_sizes, *[None] * 4, 0.0, y, x.new_empty(0), reserve,
             *options, True, None, 0.0, ctx.tf32,
         )  # fmt: skip
         watch.deliver(ctx.watcher, flow, x, batch_sizes)
@@ -101,7 +101,7 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     others = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, *others
-    states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+    states, dweights = _gradients(ctx, ctx.saved_tensors, (dy, dh_n, dc_n), needed, any(need_weights))
     return (*states, [g if n else None for g, n in zip(dweights, need_weights, strict=True)], *others)
 
 
@@ -124,11 +124,12 @@ class EagerLayer(torch.autograd.Function):
         need_weights = ctx.needs_input_grad[7:]
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (7 + ctx.count)
+        saved = ctx.saved_tensors  # with autograd on: torch.utils.checkpoint runs forward again here
         if torch.is_grad_enabled():  # a second derivative is wanted: through the operator's own formula
-            states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+            states, dweights = _gradients(ctx, saved, (dy, dh_n, dc_n), needed, any(need_weights))
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                states, dweights = _gradients(ctx, dy, dh_n, dc_n, needed, any(need_weights))
+                states, dweights = _gradients(ctx, saved, (dy, dh_n, dc_n), needed, any(need_weights))
         dweights = [g if n else None for g, n in zip(dweights, need_weights, strict=True)]
         return (*states, None, None, None, None, *dweights)
 

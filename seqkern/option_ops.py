@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import functional, reference, watch
+from . import eager, functional, reference, watch
 from .ops import Sizes, register_autocast, second_derivatives, tf32_allowed
 from .reference import CELLS, Options
 
@@ -42,8 +42,8 @@ def layer(
     """y, h_n, c_n and, with want_c, c of every step."""
     save = torch.is_grad_enabled() and functional.wants_grad(sequence, weights)
     masks = (o.keep, o.h_mask, o.zone_h, o.zone_c, o.clip_value)
-    last = last_arguments(sequence[0], o)
-    return option_layer(*sequence, weights, batch_sizes, *masks, cell, bidirectional, want_c, save, *last)[:4]
+    others = (batch_sizes, *masks, cell, bidirectional, want_c, save, *last_arguments(sequence[0], o))
+    return eager.call(_FORMULA, *sequence, weights, others, save)[:4]
 
 
 @torch.library.register_fake("seqkern::option_layer")
@@ -76,14 +76,12 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, h0, c0, batch_sizes, *masks, y, c_all, reserve, lengths, *weights)
 
 
-def _backward(ctx, dy, dh_n, dc_n, dc_all, _):
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
+def _gradients(ctx, saved, needed, dy, dh_n, dc_n, dc_all, _):
     x, h0, c0, batch_sizes, *masks, y, c_all, reserve, lengths = saved[:12]
     weights = list(saved[12:])
-    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
-    nothing = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
+    need_x, need_h0, need_c0, need_weights = needed
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
-        return None, None, None, [None] * ctx.count, *nothing
+        return None, None, None, [None] * ctx.count
     dx, dh0, dc0, dweights, flow = option_layer_backward(
         dy, dh_n, dc_n, dc_all, x, h0, c0, weights, batch_sizes, *masks, ctx.clip, y, c_all, reserve,
         ctx.cell, ctx.bidirectional, need_x, any(need_weights), ctx.watcher is not None, lengths, ctx.clip_norm,
@@ -97,11 +95,11 @@ def _backward(ctx, dy, dh_n, dc_n, dc_all, _):
         dh0 if need_h0 else None,
         dc0 if need_c0 else None,
         [g if n else None for g, n in zip(dweights, need_weights, strict=True)],
-        *nothing,
     )
 
 
-torch.library.register_autograd("seqkern::option_layer", _backward, setup_context=_setup)
+_FORMULA = eager.Formula(option_layer, _setup, _gradients)
+_FORMULA.register("seqkern::option_layer")
 
 
 @torch.library.register_fake("seqkern::option_layer_backward")

@@ -85,13 +85,29 @@ def in_pieces(
     return y, h, c, *c_all
 
 
+class _Whole:
+    """A tensor of all steps, filled piece by piece: a piece's own memory is the next one's, and still in the cache.
+
+    like: has its last dimension and dtype; where it is a placeholder [0], so is this.
+    """
+
+    def __init__(self, x: Tensor, splits: int | list[int], like: Tensor):
+        there = like.dim() > 1
+        self.t = like.new_empty(*x.shape[:-1], like.size(-1)) if there else like.new_empty(0)
+        self.pieces = self.t.split(splits) if there else None
+
+    def put(self, i: int, piece: Tensor) -> None:
+        if self.pieces is not None:
+            self.pieces[i].copy_(piece)
+
+
 class _Fused(torch.autograd.Function):
     """The pieces on the fused operators, without autograd's bookkeeping for each."""
 
     @staticmethod
     def forward(ctx, how, x, h, c, *weights):
         cell, pieces, want_c = how
-        lstm, starts, found = cell == "lstm", [], []
+        lstm, starts, joined = cell == "lstm", [], None
         for i, part in enumerate(x.split(pieces.splits)):
             starts += [h, c]
             n = pieces.rows(i)
@@ -99,9 +115,11 @@ class _Fused(torch.autograd.Function):
             y, h_n, c_n, c_all = option_ops.layer(
                 cell, (part, _first(h, n), _first(c, n)), weights, sizes, False, o, want_c
             )
-            found.append((y, c_all))
+            joined = joined or [_Whole(x, pieces.splits, t) for t in (y, c_all)]
+            for whole, t in zip(joined, (y, c_all), strict=True):
+                whole.put(i, t)
             h, c = _joined(h_n, h), _joined(c_n, c) if lstm else None
-        y, c_all = (torch.cat(parts) for parts in zip(*found, strict=True))
+        y, c_all = (whole.t for whole in joined)
         none = x.new_empty(0)
         ctx.how, ctx.count = how, len(weights)
         ctx.save_for_backward(x, *weights, *starts)
@@ -122,7 +140,7 @@ class _Fused(torch.autograd.Function):
         need_x, need_weights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
         split = lambda t: [None] * len(pieces.lasts) if t is None else t.split(pieces.splits)  # noqa: E731
         parts, dys, dcs = x.split(pieces.splits), split(dy), split(dc_all)
-        dx, dweights = [None] * len(parts), []
+        dx, dweights = _Whole(x, pieces.splits, x), []
         if pieces.sizes is not None:  # rows that end in an earlier piece join there
             dh = x.new_zeros(1, pieces.batch, weights[1].size(1)) if dh is None else dh
             if cell == "lstm" and dc is None:
@@ -134,17 +152,19 @@ class _Fused(torch.autograd.Function):
             inputs = (parts[i], _first(starts[2 * i], n), _first(starts[2 * i + 1], n), weights, sizes, *masks)
             last = option_ops.last_arguments(x, o)
             y, _, _, c_all, reserve = option_ops.option_layer(*inputs, cell, False, want_c, True, *last)
-            dx[i], dh0, dc0, more, _ = option_ops.option_layer_backward(
+            part_dx, dh0, dc0, more, _ = option_ops.option_layer_backward(
                 dys[i], _first(dh, n), _first(dc, n), dcs[i], *inputs, y, c_all, reserve, cell, False,
                 need_x, need_weights, False, *last,
             )  # fmt: skip
+            if need_x:
+                dx.put(i, part_dx)
             dh, dc = _joined(dh0, dh), _joined(dc0, dc) if cell == "lstm" else None
             more = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in more]  # sums of 16-bit pieces
             dweights = [total.add_(m) for total, m in zip(dweights, more, strict=True)] if dweights else more
         needs_h, needs_c = ctx.needs_input_grad[2:4]
         dweights = [g.to(w.dtype) for g, w in zip(dweights, weights, strict=need_weights)] or [None] * ctx.count
         dweights = [g if n else None for g, n in zip(dweights, ctx.needs_input_grad[4:], strict=True)]
-        return None, torch.cat(dx) if need_x else None, dh if needs_h else None, dc if needs_c else None, *dweights
+        return None, dx.t if need_x else None, dh if needs_h else None, dc if needs_c else None, *dweights
 
     @staticmethod
     def differentiable(ctx, cotangents, x, h, c, weights):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from . import functional, reference, watch
+from . import eager, functional, reference, watch
 from .ops import _library, second_derivatives
 from .reference import Extra, Options
 
@@ -65,7 +65,7 @@ def layer(
         save = torch.is_grad_enabled() and functional.wants_grad((x, h0, c0), (*params, *weights))
         gx = _project(cell, x, groups, extra, o)
         numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save)
-        results = recurrence(gx, h0, c0, params, batch_sizes, *masks, *numbers)[:4]
+        results = eager.call(_FORMULA, gx, h0, c0, params, (batch_sizes, *masks, *numbers), save)[:4]
         return tuple(t.to(dtype) for t in results)
 
 
@@ -75,13 +75,18 @@ def _params(cell, groups, extra, o: Options) -> tuple[list[Tensor], int]:
     biases = [None if w.b_hh is None or cell != "gru" or o.reset_before else w.b_hh[2 * hidden :] for w in groups]
     candidates = [(BIAS_N, biases), (PEEPHOLE, [e.peephole for e in extra])]
     candidates += [(NORMAL, [getattr(e, name) for e in extra]) for name in ("gain_h", "gain_c", "bias_c")]
-    params = [torch.stack([w.w_hh for w in groups])]
+    params = [_stacked([w.w_hh for w in groups])]
     flags = COUPLED * o.coupled | HARD * o.hard_sigmoid | RESET_BEFORE * o.reset_before
     for flag, tensors in candidates:
         if tensors[0] is not None:
-            params.append(torch.stack(tensors))
+            params.append(_stacked(tensors))
             flags |= flag
     return params, flags
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, which copies, only where there are two directions."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _project(cell: str, x: Tensor, groups, extra, o: Options) -> Tensor:
@@ -130,7 +135,7 @@ def _(gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value,
 def _saved(cell: str, flags: int, width: int, hidden: int) -> int:
     """Columns of the reserve."""
     values = {"lstm": 6, "gru": 4}.get(cell, 1) * hidden
-    return values + width + 1 if flags & NORMAL else values
+    return values + (width + 16) // 16 * 16 if flags & NORMAL else values
 
 
 def _setup(ctx, inputs, output):
@@ -142,22 +147,21 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(gx, h0, c0, batch_sizes, *masks, read, reserve, *params)
 
 
-def _backward(ctx, dy, dh_n, dc_n, dc_all, *_):
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for each time they are asked for
+def _gradients(ctx, saved, needed, dy, dh_n, dc_n, dc_all, *_):
     gx, h0, c0, batch_sizes, *masks, read, reserve = saved[:10]
-    need_gx, need_h0, need_c0, need_params = ctx.needs_input_grad[:4]
-    nothing = [None] * 11
+    need_gx, need_h0, need_c0, need_params = needed
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
-        return None, None, None, [None] * len(need_params), *nothing
+        return None, None, None, [None] * len(need_params)
     dgx, dh0, dc0, dparams = recurrence_backward(
         dy, dh_n, dc_n, dc_all, gx, h0, c0, list(saved[10:]), batch_sizes, *masks, ctx.clip_value, ctx.clip_norm,
         read, reserve, ctx.cell, ctx.flags,
     )  # fmt: skip
     states = [g if n else None for g, n in zip((dgx, dh0, dc0), (need_gx, need_h0, need_c0), strict=True)]
-    return *states, [g if n else None for g, n in zip(dparams, need_params, strict=True)], *nothing
+    return *states, [g if n else None for g, n in zip(dparams, need_params, strict=True)]
 
 
-torch.library.register_autograd("seqkern::recurrence", _backward, setup_context=_setup)
+_FORMULA = eager.Formula(recurrence, _setup, _gradients)
+_FORMULA.register("seqkern::recurrence")
 
 
 def _backward_on_cpu(

@@ -3,13 +3,12 @@
 The bound is the oracle's: in each dtype four times what the reference itself is off there, beside its float64 self.
 """
 
-import contextlib
 from unittest import mock
 
-import numpy as np
 import oracle
 import pytest
 import torch
+from exact import exact, rounded
 from loops import DTYPES, flat, gradients, make, state
 
 from seqkern import functional, option_ops, recurrence, reference
@@ -57,9 +56,8 @@ def problem(variant, shape, dtype, **more):
     return m.to(drawn).to(dtype), x, tuple(wide) if len(wide) == 2 else wide[0]
 
 
-def everything(m, x, hx, dtype=None, **call):
-    """Outputs and all gradients, by name; with dtype in that one."""
-    wide = lambda t: t if dtype is None else t.detach().to(dtype).requires_grad_()  # noqa: E731
+def everything(m, x, hx, wide=lambda t: t, **call):
+    """Outputs and all gradients, by name; wide: what becomes of input, states and weights before."""
     x, states, weights = wide(x), [wide(t) for t in flat([hx])], {n: wide(p) for n, p in m.named_parameters()}
     hx = tuple(states) if len(states) == 2 else states[0]
     y, last, *states_of_all = torch.func.functional_call(m, weights, (x, hx), call)
@@ -68,48 +66,42 @@ def everything(m, x, hx, dtype=None, **call):
     return outputs | {f"d{n}": g for n, g in zip(leaves, gradients(outputs, list(leaves.values())), strict=True)}
 
 
-class ExactNorm(torch.autograd.Function):
-    """reference.layer_norm in long double: torch's takes mean/sd from v/sd, which cancels."""
-
-    @staticmethod
-    def forward(ctx, v):
-        v = v.numpy().astype(np.longdouble)
-        v = v - v.mean(-1, keepdims=True)
-        ctx.scale = 1 / np.sqrt((v * v).mean(-1, keepdims=True) + np.longdouble(1e-5))
-        ctx.normal = v * ctx.scale
-        return torch.from_numpy(ctx.normal.astype(np.float64))
-
-    @staticmethod
-    def backward(ctx, d):
-        d, n = d.numpy().astype(np.longdouble), ctx.normal
-        d = d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)
-        return torch.from_numpy((d * ctx.scale).astype(np.float64))
+def layer_norm(v, _):
+    """reference.layer_norm as it is defined: torch's takes mean/sd from v/sd, which cancels."""
+    v = v - v.mean(-1, keepdim=True)
+    return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def by_reference(m, x, hx, dtype, **call):
-    """`everything` on the reference in another dtype; the float64 one, which is the truth, as exact as can be."""
-    no, parts = {"covers": lambda *_: False}, {}
+def by_reference(m, x, hx, wide, norm=reference.layer_norm, **call):
+    """`everything` on the reference; wide: makes a leaf of what it computes in from a tensor."""
+    no = {"covers": lambda *_: False}
+    kernels = (mock.patch.multiple(part, **no) for part in (option_ops, recurrence))
+    with next(kernels), next(kernels), mock.patch.object(reference, "layer_norm", norm):
+        found = everything(m, x, hx, wide, **call)
+    return {name: rounded(t) for name, t in found.items()}
+
+
+def leaf_in(dtype):
+    return lambda t: t.detach().to(dtype).requires_grad_()
+
+
+def truth(m, x, hx, dtype, **call):
+    """In float64; for float64 itself in long double: the truth rounds its state at every step, too, and would be off by
+    about as much as native."""
     if dtype == torch.float64:
-        parts = {"linear": oracle._exact_linear, "layer_norm": lambda v, _: ExactNorm.apply(v)}
-    exact = mock.patch.multiple(reference, **parts) if parts else contextlib.nullcontext()
-    with exact, mock.patch.multiple(option_ops, **no), mock.patch.multiple(recurrence, **no):
-        return everything(m, x, hx, dtype, **call)
+        return by_reference(m, x, hx, exact, layer_norm, **call)
+    return by_reference(m, x, hx, leaf_in(torch.float64), **call)
 
 
 def check(m, x, hx, dtype, **call):
     with mock.patch.object(functional, "reference_layer", side_effect=AssertionError("not on the kernels")):
         got = everything(m, x, hx, **call)
-    truth = by_reference(m, x, hx, torch.float64, **call)
-    lower = torch.float32 if dtype == torch.float64 else dtype
-    native = by_reference(m, x, hx, lower, **call)
-    shrink = torch.finfo(dtype).eps / torch.finfo(lower).eps
+    want = truth(m, x, hx, dtype, **call)
+    native = by_reference(m, x, hx, leaf_in(dtype), **call)
     wrong = []
     for name, t in got.items():
         assert t.dtype == dtype
-        figure = oracle.distance(native[name], truth[name]) * shrink
-        if dtype == torch.float64:  # truth rounds its state at every step: it is off by about as much as native
-            figure *= (oracle.FACTOR + 1) / oracle.FACTOR
-        if text := oracle.fault(t, truth[name], figure):
+        if text := oracle.fault(t, want[name], oracle.distance(native[name], want[name])):
             wrong.append(f"{name} {text}")
     assert not wrong, "\n".join(wrong)
 
@@ -144,7 +136,7 @@ def test_with_every_other_option(variant, dtype):
         seeds = [torch.Generator().manual_seed(5) for _ in range(3)]
         call = {"resets": resets, "lengths": lengths, "return_all_states": True}
         got = everything(m, x, hx, generator=seeds[0], **call)
-        want = by_reference(m, x, hx, torch.float64, generator=seeds[1], **call)
+        want = by_reference(m, x, hx, leaf_in(torch.float64), generator=seeds[1], **call)
         tolerance = DTYPES[dtype]
         for name, t in got.items():
             scale = tolerance * max(1, oracle.largest(want[name]))
@@ -186,3 +178,10 @@ def test_autocast():
         y, h = m(x)
     assert y.dtype == h.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), m(x)[0], rtol=0, atol=0.05)
+
+
+def test_the_truth_of_float64_has_more_digits():
+    one = exact(torch.ones(1, dtype=torch.float64, requires_grad=True))
+    small = one * 2.0**-60
+    (gradient,) = torch.autograd.grad((one * one * (one + small)).sum(), one)
+    assert rounded(one + small - 1) == 2.0**-60 and rounded(gradient - 3) == 3 * 2.0**-60

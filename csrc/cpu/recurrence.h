@@ -3,6 +3,7 @@
 // batch through all steps and never waits for another: a step's product goes to a buffer, then row by row the cell.
 #pragma once
 #include "../core/variant_cells.h"
+#include "direct.h"
 #include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
@@ -27,28 +28,40 @@ template <class T> struct RowSums {
   void row_done() { if (++rows == kRows) flush(); }
 };
 
-template <class T> T lane_sum(Pack<T> v) {
-  T sum = 0;
-  for (int i = 0; i < Pack<T>::kWidth; ++i) sum += v.v[i];
-  return sum;
+template <class T, int kSegment = Pack<T>::kWidth> SK_INL T lane_sum(Pack<T> v) {
+  if constexpr (kSegment == 1) return v.v[0];
+  else return lane_sum<T, kSegment / 2>(fold<kSegment>(v, v, FirstIndices<Pack<T>::kWidth>{}));
+}
+// The sum of a row over f(j), vector by vector: four chains, so that an addition does not wait for the one before.
+template <class T, class F> SK_INL T row_sum(int64_t n, const F& f) {
+  constexpr int64_t kWidth = Pack<T>::kWidth, kChains = 4;
+  Pack<T> sums[kChains] = {f(0), Pack<T>(0), Pack<T>(0), Pack<T>(0)};
+  int64_t j = kWidth;
+  for (; j + (kChains - 1) * kWidth < n; j += kChains * kWidth)
+    for (int i = 0; i < kChains; ++i) sums[i] = sums[i] + f(j + i * kWidth);
+  for (int i = 1; j < n; j += kWidth, ++i) sums[i] = sums[i] + f(j);
+  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 template <class T> struct Moments { T mean, scale; };  // scale: 1 / sqrt(variance + 1e-5)
 template <class T> Moments<T> moments(const T* v, int64_t n) {
   constexpr int64_t kWidth = Pack<T>::kWidth;
   const int64_t whole = n / kWidth * kWidth;
-  Pack<T> sum(0);
-  for (int64_t j = 0; j < whole; j += kWidth) sum = sum + load(v + j);
-  T total = lane_sum(sum);
+  T total = whole ? row_sum<T>(whole, [&](int64_t j) { return load(v + j); }) : T(0);
   for (int64_t j = whole; j < n; ++j) total += v[j];
   const T mean = total / T(n);
-  sum = Pack<T>(0);
-  for (int64_t j = 0; j < whole; j += kWidth) {
+  const auto square = [&](int64_t j) {
     const Pack<T> e = load(v + j) - Pack<T>(mean);
-    sum = sum + e * e;
-  }
-  total = lane_sum(sum);
+    return e * e;
+  };
+  total = whole ? row_sum<T>(whole, square) : T(0);
   for (int64_t j = whole; j < n; ++j) total += (v[j] - mean) * (v[j] - mean);
   return {mean, T(1) / T(__builtin_sqrt(total / T(n) + T(1e-5)))};
+}
+
+// Asks for a row of n elements that is about to be read, or written: rows come in an order that the hardware does not
+// foresee, a page or more apart.
+template <int kWrite, class T> SK_INL void ask_for(const T* row, int64_t n) {
+  for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + j, kWrite, 2);
 }
 
 template <class T> struct Recurrence {
@@ -135,6 +148,13 @@ template <class T> struct Recurrence {
                     });
   }
   static Rows<T> left(Arena& m, int64_t rows, int64_t ld) { return m.rows<T>(rows, ld, false); }
+
+  // How many of a step's rows to ask for before its product, which gives them time; then each row asks for the next.
+  // Not so many that they push the packed weights out of the cache.
+  static int64_t early(int64_t rows, int64_t row_elements) {
+    constexpr int64_t kMost = 256 << 10;
+    return rows * row_elements * int64_t(sizeof(T)) <= kMost ? rows : 1;
+  }
 
   // ---- where things lie --------------------------------------------------------------------------------------------
   template <class X> SK_INL X* of_row(X* all, int64_t t, int64_t b, int64_t d, int64_t n) const {  // [N, D, n]

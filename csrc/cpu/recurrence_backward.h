@@ -56,10 +56,12 @@ template <class T> struct RecurrenceBackward : Recurrence<T> {
       enter(a.dh_n, o.dh + (b - b0) * unit_ld, b);
       enter(a.dc_n, o.dc + (b - b0) * unit_ld, b);
     }
+    int64_t asked = 0;  // of the step's rows, by the step before
     for (int64_t i = a.steps - 1; i >= 0; --i) {
       const int64_t t = d ? a.steps - 1 - i : i, rows = min64(part.end, a.sizes[t]) - b0;
       if (rows <= 0) continue;
       for (int64_t r = 0; r < rows; ++r) {
+        if (r + 1 >= asked && r + 1 < rows) ask_for_row(t, b0 + r + 1);
         output_row(o, t, b0 + r, r);
         if (a.cell == Cell::kLstm) lstm_row(o, t, b0 + r, r);
         else if (a.cell == Cell::kGru) gru_row(o, t, b0 + r, r);
@@ -70,6 +72,9 @@ template <class T> struct RecurrenceBackward : Recurrence<T> {
         for (int64_t r = 0; r < rows; ++r) reset_row(o, t, b0 + r, r);
       }
       for (int64_t r = 0; r < rows; ++r) finish_gates(o, t, b0 + r, r);
+      // The next step's rows; a step that goes to fewer or more of them loses nothing but time.
+      asked = this->early(rows, row_size + 2 * (width + hidden));
+      for (int64_t r = 0; r < asked && i > 0; ++r) ask_for_row(d ? t + 1 : t - 1, b0 + r);
       product(o.grads, rows, weights.gates, hidden, o.back, unit_ld);
       for (int64_t r = 0; r < rows; ++r) finish_row(o, t, b0 + r, r);
     }
@@ -80,6 +85,15 @@ template <class T> struct RecurrenceBackward : Recurrence<T> {
     }
     o.sums.flush();
     memcpy(part.sums, o.sums.far, all_sums * sizeof(T));
+  }
+
+  // What the step at time t reads and writes of row b.
+  void ask_for_row(int64_t t, int64_t b) const {
+    ask_for<0>(by_direction((const T*)a.reserve, t, b, d, row_size), row_size);
+    if (a.cell == Cell::kGru) ask_for<0>(by_direction((const T*)a.read, t, b, d, hidden), hidden);
+    if (a.dy) ask_for<0>(of_row((const T*)a.dy, t, b, d, hidden), hidden);
+    ask_for<1>(of_row((const T*)a.dgx, t, b, d, width), width);
+    if (a.dgh) ask_for<1>(by_direction((const T*)a.dgh, t, b, d, width), width);
   }
 
   // All of d(loss)/dh' of the cell in dh; what zoneout takes past it in `past`.

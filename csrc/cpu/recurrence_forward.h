@@ -56,12 +56,15 @@ template <class T> struct RecurrenceForward : Recurrence<T> {
       const int64_t t = d ? a.steps - 1 - i : i, rows = min64(part.end, a.sizes[t]) - b0;
       if (rows <= 0) continue;
       for (int64_t r = 0; r < rows; ++r) begin_row(o, t, b0 + r, r);
+      const int64_t asked = this->early(rows, width + row_size);
+      for (int64_t r = 0; r < asked; ++r) ask_for_row(t, b0 + r);
       product(o.enter, rows, weights.gates, first, o.gh, gate_ld);
       if (k.reset_before) {
         for (int64_t r = 0; r < rows; ++r) reset_row(o, t, b0 + r, r);
         product(o.reset, rows, weights.last, hidden, o.last, unit_ld);
       }
       for (int64_t r = 0; r < rows; ++r) {
+        if (r + 1 >= asked && r + 1 < rows) ask_for_row(t, b0 + r + 1);
         if (a.cell == Cell::kLstm) lstm_row(o, t, b0 + r, r);
         else if (a.cell == Cell::kGru) gru_row(o, t, b0 + r, r);
         else rnn_row(o, t, b0 + r, r);
@@ -74,6 +77,12 @@ template <class T> struct RecurrenceForward : Recurrence<T> {
       leave(o.h.plain(b - b0), a.h_n, b);
       if (a.cell == Cell::kLstm) leave(o.c + (b - b0) * unit_ld, a.c_n, b);
     }
+  }
+
+  // What the step at time t reads and writes of row b.
+  void ask_for_row(int64_t t, int64_t b) const {
+    ask_for<0>(of_row((const T*)a.gx, t, b, d, width), width);
+    if (a.reserve) ask_for<1>(by_direction((const T*)a.reserve, t, b, d, row_size), row_size);
   }
 
   // The state as the step reads it: in place, into what is kept for backward, and on its way into the product.
@@ -113,7 +122,9 @@ template <class T> struct RecurrenceForward : Recurrence<T> {
       if (kept) store(v, kept + j, lanes);
       store(v * load(gain + j, lanes), g + j);
     }
-    if (kept) kept[n] = m.scale;
+    if (!kept) return;
+    kept[n] = m.scale;
+    memset(kept + n + 1, 0, (row_size - k.saved(a.cell) * hidden - n - 1) * sizeof(T));
   }
 
   void put_h(const Own& o, int64_t t, int64_t b, int64_t r, int64_t j, V h) const {
