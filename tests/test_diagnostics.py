@@ -81,6 +81,24 @@ def test_wide_float32_and_units_over_threads(kind):
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_zoneout_on_kernels_and_in_the_reference(kind, monkeypatch):
+    """The LSTM's h is read from the c before the mixture, so that dL/dc has no part that comes through h."""
+    m = make(kind, I, H, zoneout=0.3)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+
+    def norms() -> list:
+        with gradient_flow(m) as flow:
+            m(x, generator=torch.Generator().manual_seed(3))[0].square().sum().backward()
+        return [t for r in flow.records for t in (r.h, r.c) if t is not None]
+
+    got = norms()
+    monkeypatch.setattr(functional, "has_kernel", lambda *_: False)
+    want = norms()
+    assert len(got) == len(want) == 1 + (kind == "LSTM")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_gradients_are_what_they_are_without(kind):
     m = make(kind, I, H, bidirectional=True)
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)

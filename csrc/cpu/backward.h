@@ -46,7 +46,8 @@ template <class C, class S> struct Backward : BackwardSums<C, S> {
         me.meet_all();
         Range r = part(args.rows * args.input, tid, args.plan.threads());
         S* dx = (S*)args.dx;
-        for (int64_t i = r.begin; i < r.end; ++i) narrow(widen(dx[i]) + widen(dx2[i]), dx[i]);
+        for (int64_t i = r.begin; i < r.end; i += kWidth)
+          store(load(dx + i, r.end - i) + load(dx2 + i, r.end - i), dx + i, r.end - i);
       }
     } else {
       for (int d = 0; d < args.directions; ++d) {
@@ -215,8 +216,9 @@ template <class C, class S> struct Backward : BackwardSums<C, S> {
       carry = V(0);
     } else if (a.options.any && C::kCarry == Carry::kCell) {
       if (a.options.dc_all) carry = carry + load(math.c_row((const S*)a.options.dc_all, t, b) + j, lanes);
-      if constexpr (C::kCarry == Carry::kCell)
-        if (a.options.flow) math.watch(1, t, b, j / kColumns, C::cell_gradient(saved, dh, carry));
+      if constexpr (C::kCarry == Carry::kCell)  // with zoneout h is read from the c before the mixture
+        if (a.options.flow)
+          math.watch(1, t, b, j / kColumns, a.options.zone_c ? carry : C::cell_gradient(saved, dh, carry));
       if (a.options.zone_c) old = math.zone_c(t, b, j, lanes) * carry;
       carry = carry - old;
     }

@@ -349,7 +349,7 @@ template <class C, class S> struct BackwardSums {
     const Weights& w = a.dweights[d];
     auto all = [&](const Acc* from, void* to, int64_t n) {
       const Range r = part(n, me.in_direction(), me.direction_size());
-      for (int64_t i = r.begin; to && i < r.end; ++i) narrow(from[i], ((S*)to)[i]);
+      for (int64_t i = r.begin; to && i < r.end; i += kWidth) store(load(from + i, r.end - i), (S*)to + i, r.end - i);
     };
     const int64_t rows = C::kGates * a.hidden;
     all(s.dw_ih, w.w_ih, rows * a.input);

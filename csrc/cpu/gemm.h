@@ -294,6 +294,18 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
     }
 #endif
 #endif
+#if SK_VEC_BYTES == 32
+    if constexpr (sizeof(A) == 4) {
+      for (int64_t k1 = k0; k1 < k0 + 16 && k1 < k; k1 += 8) {
+        __m256 block[8];
+        for (int64_t i = 0; i < 8; ++i)
+          block[i] = i < n ? (__m256)load(w + i * ld + k1, k - k1).v : _mm256_setzero_ps();
+        transpose(block);
+        for (int64_t kk = 0; kk < 8 && k1 + kk < k; ++kk) _mm256_storeu_ps((float*)to + (k1 + kk) * columns, block[kk]);
+      }
+      continue;
+    }
+#endif
     const int64_t k1 = k0 + 16 < padded ? k0 + 16 : padded;
     for (int64_t kk = k0; kk < k1; kk += kP)
       for (int64_t i = 0; i < kWidth; ++i)

@@ -170,6 +170,28 @@ SK_INL void transpose(__m512i (&r)[16]) {
 }
 #endif
 
+#if SK_VEC_BYTES == 32
+// 8 x 8 elements of 32 bits, transposed in registers.
+SK_INL void transpose(__m256 (&r)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  // r[4 g + c]: in each of the two 128-bit lanes l, column 4 l + c of rows 4 g to 4 g + 3.
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+    }
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x20);
+    t[4 + c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
+
 // ---- functions -------------------------------------------------------------------------------------------------------
 
 // With x = n ln 2 + r, |r| <= ln(2)/2: expm1(r) = r + r^2 q(r). q is fitted for the least relative error of expm1(r):
