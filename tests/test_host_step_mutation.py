@@ -33,7 +33,7 @@ def test_nothing_is_wrong_as_it_is(case):
 
 
 def test_a_removed_barrier_is_a_race():
-    found = outcome_with("barrier", "step.cuh", "  block_sync();\n", "", SUMS)
+    found = outcome_with("barrier", "step_sums.cuh", "\n  block_sync();\n", "\n", SUMS)
     assert found.startswith("Fault: ") and "part" in found
 
 
