@@ -31,8 +31,8 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
-def bits(seed: Tensor, stream: int, count: int) -> Tensor:
-    """[count] int64 in [0, 2^32): the definition that the kernels are held to."""
+def bits(seed: Tensor, stream: int | Tensor, count: int) -> Tensor:
+    """[count] int64 in [0, 2^32): the definition that the kernels are held to. stream: a number, or [1] int64."""
     key = _hash(_hash(_hash(seed & _WORD) ^ (seed >> 32 & _WORD)) + stream & _WORD)
     n = torch.arange(count, device=seed.device)
     return _hash(_hash(n & _WORD ^ key) + (n >> 32) + key & _WORD)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from search_cases import KINDS, make, same, sources
 
-from seqkern.seq2seq import beam, graphs, search
+from seqkern.seq2seq import beam, compiled, graphs, search
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -24,16 +24,26 @@ BEAMS = [
 ]
 
 
+SAMPLES = [
+    search.SampleOptions(12),
+    search.SampleOptions(20, 1.7, 4),
+    search.SampleOptions(9, 0.6, 0, 0.8),
+    search.SampleOptions(25, 1.2, 6, 0.9),
+]
+
+
 @torch.no_grad()
 def compare(settings, device, kind, options):
     model = make(**settings).to(device)
-    graphed, reference = graphs.GraphedSearch(model.decoder), {"greedy": search.greedy, "beam": beam.beam}[kind]
+    graphed, reference = graphs.GraphedSearch(model.decoder), compiled.REFERENCES[kind]
     for seed in (1, 2, 3):  # the same buffers again with other values
         source, lengths = sources(seed=seed)
         if settings["attention"] != "none":
             lengths[1] = 0
         memory, state = model.encode(source.to(device), lengths)
-        same(graphed.find(kind, memory, state, options), reference(model.decoder, memory, state, options))
+        draws = [torch.tensor([2**40 * seed + 5], device=device)] if kind == "sample" else []
+        found = graphed.find(kind, memory, state, options, *draws)
+        same(found, reference(model.decoder, memory, state, options, *draws))
     assert len(graphed.loops) == 1
 
 
@@ -42,6 +52,13 @@ def compare(settings, device, kind, options):
 @pytest.mark.parametrize("options", GREEDY, ids=str)
 def test_greedy(settings, device, options):
     compare(settings, device, "greedy", options)
+
+
+@on_devices
+@models
+@pytest.mark.parametrize("options", SAMPLES, ids=str)
+def test_sample(settings, device, options):
+    compare(settings, device, "sample", options)
 
 
 @on_devices
@@ -73,6 +90,10 @@ def test_results_stay_and_few_loops_are_kept():
 def test_compiled_search_on_a_gpu_equals_the_models_own(settings):
     model = make(**settings).cuda()
     source, lengths = sources()
-    compiled = model.compile_search()
-    same(compiled.greedy(source.cuda(), lengths), model.greedy(source.cuda(), lengths))
-    same(compiled.beam(source.cuda(), lengths, n_best=2), model.beam(source.cuda(), lengths, n_best=2))
+    graphed = model.compile_search()
+    same(graphed.greedy(source.cuda(), lengths), model.greedy(source.cuda(), lengths))
+    same(graphed.beam(source.cuda(), lengths, n_best=2), model.beam(source.cuda(), lengths, n_best=2))
+    draws = [torch.Generator().manual_seed(4) for _ in range(2)]
+    sides = zip((graphed, model), draws, strict=True)
+    found, wanted = (m.sample(source.cuda(), lengths, generator=g) for m, g in sides)
+    same(found, wanted)

@@ -1,7 +1,7 @@
-"""Greedy and beam search on a GPU: one step on buffers that stay where they are, captured as a CUDA graph and replayed.
+"""Searches on a GPU: one step on buffers that stay where they are, captured as a CUDA graph and replayed.
 
 Nothing here waits for the GPU but a look every few steps at whether anything is still searched. What is found is what
-`search.greedy` and `beam.beam` find; instead of dropping finished rows, a step leaves them as they are.
+`search.greedy`, `search.sample` and `beam.beam` find; a step leaves finished rows as they are instead of dropping them.
 """
 
 from collections.abc import Callable
@@ -114,9 +114,12 @@ class Greedy(Loop):
         for t in (self.scores, self.lengths, self.attention):
             t.zero_()
 
+    def choose(self, logits: Tensor) -> Tensor:
+        return logits.masked_fill(self.barred, -torch.inf).argmax(-1)
+
     def advance(self) -> None:
         logits, carry, alpha = self.decoder.step(self.token, self.sources, self.carry)
-        token = logits.masked_fill(self.barred, -torch.inf).argmax(-1)
+        token = self.choose(logits)
         chosen = torch.log_softmax(logits, -1).gather(1, token.unsqueeze(1)).squeeze(1)
         self.scores.add_(torch.where(self.going, chosen, 0))
         self.going.logical_and_(token != self.decoder.eos)
@@ -138,6 +141,21 @@ class Greedy(Loop):
         return Hypotheses(
             self.tokens[None, :length].clone(), self.lengths[None].clone(), self.scores[None].clone(), attention
         )
+
+
+class Sample(Greedy):
+    """`search.sample`."""
+
+    def __init__(self, decoder: Decoder, memory: Memory, state: State, options: search.SampleOptions) -> None:
+        super().__init__(decoder, memory, state, search.GreedyOptions(options.max_len))
+        self.drawing, self.seed = options, torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        return search.draw(logits, self.seed, self.t, self.drawing, self.barred)
+
+    def find(self, memory: Memory, state: State, seed: Tensor) -> Hypotheses:
+        self.seed.copy_(seed)
+        return super().find(memory, state)
 
 
 class Beam(Loop):
@@ -236,7 +254,7 @@ class Beam(Loop):
         return beams._collect(self.decoder, memory, finished, history, self.options)
 
 
-KINDS = {"greedy": Greedy, "beam": Beam}
+KINDS = {"greedy": Greedy, "beam": Beam, "sample": Sample}
 
 
 class GraphedSearch:
@@ -249,8 +267,8 @@ class GraphedSearch:
         self.loops: dict[tuple, Loop] = {}
 
     def find(self, kind: str, memory: Memory, state: State, options, *seed: Tensor) -> Hypotheses:
-        """`search.greedy` or `beam.beam`; `search.sample`, which is not captured, runs as it is."""
-        if kind not in KINDS or memory.lengths.numel() == 0:
+        """`search.greedy`, `search.sample` or `beam.beam`."""
+        if memory.lengths.numel() == 0:
             from .compiled import REFERENCES  # which knows this module
 
             return REFERENCES[kind](self.decoder, memory, state, options, *seed)
@@ -260,4 +278,4 @@ class GraphedSearch:
             if len(self.loops) == self.KEPT:
                 del self.loops[next(iter(self.loops))]
             self.loops[key] = KINDS[kind](self.decoder, memory, state, options)
-        return self.loops[key].find(memory, state)
+        return self.loops[key].find(memory, state, *seed)

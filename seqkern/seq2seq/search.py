@@ -103,17 +103,19 @@ def sample(decoder: Decoder, memory: Memory, state: State, options: SampleOption
         Hypotheses; scores are the log-probabilities under the model itself: temperature 1, all tokens.
     """
 
+    barred = torch.zeros(decoder.vocab, dtype=torch.bool, device=memory.values.device)
+    barred[[decoder.pad, decoder.bos]] = True
+
     def drawn(t: int, logits: Tensor) -> Tensor:
-        u = (masks.bits(seed, t, logits.size(0)).double() + 0.5) / 2**32
-        return draw(logits, u, options, [decoder.pad, decoder.bos])
+        return draw(logits, seed, t, options, barred)
 
     return _walk(decoder, memory, state, options.max_len, False, drawn)
 
 
-def draw(logits: Tensor, u: Tensor, options: SampleOptions, barred: list[int]) -> Tensor:
-    """Tokens [B] from logits [B, V] and u [B] in (0, 1); see `sample` and `SampleOptions`."""
-    x = logits.double() / options.temperature
-    x[:, barred] = -torch.inf
+def draw(logits: Tensor, seed: Tensor, t: int | Tensor, options: SampleOptions, barred: Tensor) -> Tensor:
+    """Tokens [B] of step t from logits [B, V], none of the barred ones, [V] bool; see `sample` and `SampleOptions`."""
+    u = (masks.bits(seed, t, logits.size(0)).double() + 0.5) / 2**32
+    x = (logits.double() / options.temperature).masked_fill(barred, -torch.inf)
     x, order = x.sort(dim=-1, descending=True, stable=True)
     p = torch.softmax(x, -1)
     if options.top_k:
