@@ -104,6 +104,7 @@ results: $(VENV)/built.stamp
 	$(FORCED) $(PY) bench/decoding.py --json bench/results/decoding.jsonl
 	$(FORCED) $(PY) bench/options.py --json bench/results/options.jsonl
 	$(FORCED) $(PY) bench/policy.py --json bench/results/policy.jsonl
+	$(FORCED) $(PY) bench/neighbours.py --json bench/results/neighbours.jsonl
 	$(PY) bench/report.py bench/results --readme
 
 cuda-check: $(VENV)/toolkit.stamp
