@@ -6,6 +6,7 @@ operands rounded to TF32, as that engine's do.
 
 import numpy as np
 import torch
+from tf32 import product
 from torch import Tensor
 
 from seqkern import reference
@@ -26,19 +27,6 @@ def device(sms: int, cc: int = 90, shared: int = 227 << 10) -> dict:
         "registers_per_sm": 65536,
         "threads_per_sm": 2048 if cc < 120 else 1536,
     }
-
-
-def tf32(t: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero; in t's dtype."""
-    bits = t.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 sums, from operands as the tensor cores take them, in a's dtype."""
-    if a.dtype == torch.float32:
-        a, b = tf32(a), tf32(b)
-    return (a.float() @ b.float()).to(a.dtype)
 
 
 def _numpy(t: Tensor) -> np.ndarray:

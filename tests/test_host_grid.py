@@ -4,17 +4,14 @@ Small problems on made-up devices, whose number of SMs decides how the planner c
 tiles, several passes in a tile, directions side by side or one after the other.
 """
 
-from unittest import mock
-
 import host
 import host_grid
 import oracle
 import pytest
+import tf32
 import torch
 from cases import CELLS, Case, make_cotangents, make_inputs
 from torch.nn.functional import linear
-
-from seqkern import reference
 
 SEEDS = (0, 1, 2)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -38,28 +35,10 @@ def case_of(shape: str, cell: str) -> Case:
     return Case(f"grid_{shape}_{cell}", cell, **SHAPES[shape][1])
 
 
-class _Tf32Linear(torch.autograd.Function):
-    """torch's own linear, had the CPU TF32: what the engine's error is measured against."""
-
-    @staticmethod
-    def forward(ctx, x, w, b=None):
-        ctx.save_for_backward(x, w)
-        ctx.biased = b is not None
-        return host_grid.product(x, w.t()) + (0 if b is None else b)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return host_grid.product(g, w), host_grid.product(g.t(), x), g.sum(0) if ctx.biased else None
-
-
 def faults(case: Case, dtype: torch.dtype, found: dict) -> list[str]:
     if dtype != torch.float32:
         return oracle.faults(case, dtype, found)
-    with mock.patch.object(reference, "linear", lambda x, w, b=None: _Tf32Linear.apply(x, w, b)):
-        native = oracle.evaluate(reference.layer, case, make_inputs(case, dtype), make_cotangents(case, dtype))
-    beside_native, beside = (oracle.truth_beside(case, dtype, f) for f in (native, found))
-    figures = {name: oracle.distance(native[name], want) for name, want in beside_native.items()}
+    figures, beside = tf32.native(case), oracle.truth_beside(case, dtype, found)
     wrong = {name: oracle.fault(got, beside[name], figures[name]) for name, got in found.items()}
     return [f"{case.name} tf32: {name} {text}" for name, text in wrong.items() if text]
 
@@ -102,5 +81,5 @@ def test_shapes_reach_what_they_are_named_for():
 def test_tf32_stands_for_its_rounding():
     """The reference with TF32 products differs from float32's by far more than float32 does from float64."""
     x, w = torch.randn(8, 64), torch.randn(16, 64)
-    error = (_Tf32Linear.apply(x, w) - linear(x, w)).abs().max()
+    error = (tf32.Linear.apply(x, w) - linear(x, w)).abs().max()
     assert 1e-4 < error < 0.1

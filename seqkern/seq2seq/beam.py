@@ -91,6 +91,7 @@ def beam(decoder: Decoder, memory: Memory, state: State, options: BeamOptions) -
         Hypotheses, best first, with length -1 and score -inf where a source has fewer than N.
     """
     batch, device, width = memory.lengths.size(0), memory.values.device, options.beam
+    memory = memory._replace(lengths=memory.lengths.to(device))
     finished = _Finished(batch, options.n_best, device)
     active = torch.arange(batch, device=device)
     rows = active.repeat_interleave(width)
