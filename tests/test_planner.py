@@ -142,10 +142,9 @@ def test_sizes_that_divide_by_nothing(hidden, batch):
                 assert plan["engine"] == "grid" and not faults(plan, s, device(name)), plan
 
 
-def test_small_batches_spread_over_idle_sms():
-    """At B = 1 half the units to a block, so that twice the SMs share the weights; at B = 128 tiles of the batch."""
-    plan = host.load("grid").plan(shape(B=1, H=512), device("H100 SXM"), False)
-    assert (plan["units_per_cta"], plan["ctas"]) == (8, 64)
+def test_the_batch_spreads_over_idle_sms():
+    plan = host.load("grid").plan(shape(B=16, H=512), device("H100 SXM"), False)
+    assert (plan["ctas"], plan["tiles"], plan["batch_tile"]) == (32, 2, 8)
     plan = host.load("grid").plan(shape(B=128, H=512), device("H100 SXM"), False)
     assert (plan["units_per_cta"], plan["ctas"], plan["tiles"], plan["batch_tile"]) == (16, 32, 4, 32)
 

@@ -15,7 +15,7 @@ cudaError_t allow_shared(GridKernel kernel, const Plan& p) {
 // Directions that do not fit side by side run one after the other, each in its own part of the workspace.
 Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
   const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward);
-  if (!kernel) return "grid: no kernel for this cell, dtype and plan";
+  if (!kernel) return "grid: no kernel for this cell and dtype";
   cudaError_t e = allow_shared(kernel, p);
   for (int d = 0; d < int(r.layer.directions) && e == cudaSuccess; d += p.directions) {
     GridArgs args{r, d, p.tiles, p.batch_tile, p.ctas};

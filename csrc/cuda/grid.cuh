@@ -15,7 +15,7 @@
 namespace seqkern { namespace cuda { namespace {
 
 // Rows of W_hh [G*H, H]: row g * kUnits + u of the CTA is gate g of unit first + u.
-template <class S, int kGates, int kUnits> struct RowsOfGates {
+template <class S, int kGates> struct RowsOfGates {
   const S* w;
   int64_t hidden, first;
   bool aligned;  // rows begin at multiples of 16 bytes
@@ -33,9 +33,8 @@ template <class S, int kGates, int kUnits> struct RowsOfGates {
   }
 };
 
-template <class C, class S, int kUnits> struct GridForward {
-  static constexpr int kGates = C::kGates, kMTiles = forward_tiles(kGates, kUnits);
-  using Mine = Own<kUnits>;
+template <class C, class S, int kRows> struct GridForward {
+  static constexpr int kGates = C::kGates, kPass = kRows * kPassRows;
   struct Values {
     S gates_x[kGates];
     float saved[C::kSaved ? C::kSaved : 1], carry, out;
@@ -44,26 +43,29 @@ template <class C, class S, int kUnits> struct GridForward {
   const GridArgs& a;
   const LayerArgs& l;
   Product p;
-  Place at;
-  float* sums;
+  Place<kRows> at;
+  float* sums;     // two sets in turn
   float* bias;     // [2][kGates][kUnits]: b_ih, b_hh
-  float* carried;  // [passes][kThreads]
+  float* carried;  // [passes][kRows][kThreads]
 
   SK_DEVICE GridForward(const GridArgs& args, char* shared)
-      : a(args), l(args.r.layer), p(kMTiles, int64_t(args.ctas) * kUnits * int64_t(sizeof(S))), at(args, p) {
+      : a(args), l(args.r.layer), p(kGates, int64_t(args.ctas) * kUnits * int64_t(sizeof(S))), at(args, p) {
     sums = (float*)(shared + p.weight_bytes());
-    bias = sums + p.sum_bytes() / 4;
+    bias = sums + 2 * set_size();
     carried = bias + 2 * kGates * kUnits + int(threadIdx.x);
   }
-  SK_DEVICE bool owns(const Mine& m, int rows) const { return m.j < l.hidden && m.row < rows; }
-  SK_DEVICE int64_t state_at(const Mine& m, int pass) const {  // in h0, c0, h_n, c_n [D, B, H]
-    return (at.direction * l.batch + at.row0 + pass * kPassRows + m.row) * l.hidden + m.j;
+  SK_DEVICE int sum_size() const { return int(p.sum_bytes() / 4); }
+  SK_DEVICE int set_size() const { return kRows * sum_size(); }
+  SK_DEVICE int64_t state_at(const Own& m, int pass, int r) const {  // in h0, c0, h_n, c_n [D, B, H]
+    return (at.direction * l.batch + at.row0 + pass * kPass + r * kPassRows + m.row) * l.hidden + m.j;
   }
-  SK_DEVICE int64_t row_of(const Mine& m, const StepRows& step, int pass) const {  // of all N
-    return step.start + at.row0 + pass * kPassRows + m.row;
+  SK_DEVICE Words<S, 1> words(const Own& m, int copy, int pass, int r) const {
+    const unsigned column = unsigned(at.cta) * (kUnits * sizeof(S)), row = unsigned(r * kPassRows + m.row);
+    return {at.operands(copy, pass) + (row * unsigned(at.row_bytes) + column), m.unit};
   }
-  SK_DEVICE void exchange(const Mine& m, int copy, int pass, float h) const {
-    st_cg((S*)(at.operands(copy, pass) + int64_t(m.row) * at.row_bytes) + m.j, Operand<S>::of(h));
+  // The state of before the row's first step.
+  SK_DEVICE float initial(const Own& m, int pass, int r) const {
+    return m.j < at.hidden ? load_or_zero<S>(l.h0, state_at(m, pass, r)) : 0.f;
   }
 
   SK_DEVICE void load_bias() const {
@@ -74,89 +76,132 @@ template <class C, class S, int kUnits> struct GridForward {
       bias[q] = j < l.hidden ? load_or_zero<S>(from, q / kUnits % kGates * l.hidden + j) : 0.f;
     }
   }
-  // The state before the first step, in both copies: in reverse a row may begin at any step.
-  SK_DEVICE void enter() const {
-    const Mine m(at.cta);
-    for (int pass = 0; pass < at.passes; ++pass) {
-      if (owns(m, at.pass_rows(pass))) {
-        const int64_t from = state_at(m, pass);
-        const float h = load_or_zero<S>(l.h0, from);
-        if (C::kCarry == Carry::kHidden) carried[pass * kThreads] = h;
-        if (C::kCarry == Carry::kCell) carried[pass * kThreads] = load_or_zero<S>(l.c0, from);
-        for (int copy = 0; l.h0 && copy < 2; ++copy) exchange(m, copy, pass, h);
+  // The state before the first step, of the rows that have one then.
+  SK_DEVICE void enter(const StepRows& first) const {
+    const Own m(at.cta);
+    for (int pass = 0; pass < at.passes; ++pass)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = m.row + r * kPassRows;
+        const bool known = row < at.pass_rows(pass), inside = known && m.j < at.hidden;
+        const float h = known ? initial(m, pass, r) : 0.f;
+        float carry = C::kCarry == Carry::kHidden ? h : 0.f;
+        if (C::kCarry == Carry::kCell && inside) carry = load_or_zero<S>(l.c0, state_at(m, pass, r));
+        if (C::kCarry != Carry::kNone) carried[(pass * kRows + r) * kThreads] = carry;
+        words(m, 0, pass, r).store(&h, known && at.row0 + pass * kPass + row < first.rows());
       }
-      if (l.h0) at.publish(pass, 1);
-    }
-    block_sync();
   }
-  SK_DEVICE void load_gates(const StepRows& now, int pass, int live, Values& v) const {
-    const Mine m(at.cta);
-    if (!owns(m, live)) return;
-    const S* gates = (const S*)of(a.r.gates_x, at.direction) + row_of(m, now, pass) * kGates * l.hidden + m.j;
+  SK_DEVICE void load_gates(const StepRows& now, int pass, int live, Values (&v)[kRows]) const {
+    const Own m(at.cta);
+    if (m.j >= at.hidden) return;
+    const S* rows = (const S*)of(a.r.gates_x, at.direction) + at.first_row(now, pass) * (kGates * at.hidden);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) v.gates_x[g] = gates[g * l.hidden];
-  }
-  SK_DEVICE void cell(int i, int pass, int live, Values& v) const {
-    const Mine m(at.cta);
-    if (!owns(m, live)) return;
-    float x[kGates], h[kGates];
+    for (int r = 0; r < kRows; ++r) {
+      const int row = m.row + r * kPassRows;
+      if (row >= live) return;
+      const S* gates = rows + unsigned(row * kGates * at.hidden + m.j);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      x[g] = to_float(v.gates_x[g]) + bias[g * kUnits + m.unit];
-      h[g] = total<kMTiles>(sums, p.warps, g * kUnits + m.unit, m.row) + bias[(kGates + g) * kUnits + m.unit];
+      for (int g = 0; g < kGates; ++g) v[r].gates_x[g] = gates[g * at.hidden];
     }
-    if (C::kCarry != Carry::kNone) v.carry = carried[pass * kThreads];
-    C::forward(x, h, v.carry, v.out, v.saved);
-    if (C::kCarry != Carry::kNone) carried[pass * kThreads] = v.carry;
-    exchange(m, i + 1, pass, v.out);
   }
-  SK_DEVICE void keep(const StepRows& now, const StepRows& next, int pass, int live, const Values& v) const {
-    const Mine m(at.cta);
-    if (!owns(m, live)) return;
-    const int64_t n = row_of(m, now, pass);
-    store<S>(v.out, l.y, (n * l.directions + at.direction) * l.hidden + m.j);
-    if (C::kSaved && l.reserve) {
-      const int64_t to = (at.direction * l.rows + n) * C::kSaved * l.hidden + m.j;
+  // Of several rows all are computed where the first is live, so that their arithmetic overlaps.
+  SK_DEVICE void cell(const float* set, int pass, int live, Values (&v)[kRows]) const {
+    const Own m(at.cta);
+    if (m.j >= at.hidden || m.row >= live) return;
+    float x[kRows][kGates], h[kRows][kGates];
 #pragma unroll
-      for (int q = 0; q < C::kSaved; ++q) store<S>(v.saved[q], l.reserve, to + q * l.hidden);
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        x[r][g] = to_float(v[r].gates_x[g]) + bias[g * kUnits + m.unit];
+        h[r][g] = total<kGates>(set + r * sum_size(), m, g) + bias[(kGates + g) * kUnits + m.unit];
+      }
+      if (C::kCarry != Carry::kNone) v[r].carry = carried[(pass * kRows + r) * kThreads];
     }
-    if (next.rows() > at.row0 + pass * kPassRows + m.row) return;  // else this was the row's last step
-    store<S>(v.out, l.h_n, state_at(m, pass));
-    if (C::kCarry == Carry::kCell) store<S>(v.carry, l.c_n, state_at(m, pass));
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) C::forward(x[r], h[r], v[r].carry, v[r].out, v[r].saved);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (C::kCarry != Carry::kNone && m.row + r * kPassRows < live)
+        carried[(pass * kRows + r) * kThreads] = v[r].carry;
+  }
+  // What step i + 1 reads: the state of the rows that have one then.
+  SK_DEVICE void publish(int i, int pass, int live, int next, const Values (&v)[kRows]) const {
+    const Own m(at.cta);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = m.row + r * kPassRows;
+      float h = v[r].out;
+      if (next > live && row >= live && row < next) h = initial(m, pass, r);  // in reverse a row may begin at any step
+      words(m, i + 1, pass, r).store(&h, row < next);
+    }
+  }
+  SK_DEVICE void keep(const StepRows& now, int pass, int live, int next, const Values (&v)[kRows]) const {
+    const Own m(at.cta);
+    if (m.j >= at.hidden) return;
+    const int64_t first = at.first_row(now, pass);
+    S* y = (S*)l.y + (first * l.directions + at.direction) * at.hidden;
+    S* reserve = (S*)l.reserve + (at.direction * l.rows + first) * (C::kSaved * at.hidden);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = m.row + r * kPassRows;
+      if (row >= live) return;
+      store<S>(v[r].out, y, unsigned(row * int(l.directions) * at.hidden + m.j));
+      if (C::kSaved && l.reserve) {
+#pragma unroll
+        for (int q = 0; q < C::kSaved; ++q)
+          store<S>(v[r].saved[q], reserve + q * at.hidden, unsigned(row * C::kSaved * at.hidden + m.j));
+      }
+      if (row < next) continue;  // else this was the row's last step
+      store<S>(v[r].out, l.h_n, state_at(m, pass, r));
+      if (C::kCarry == Carry::kCell) store<S>(v[r].carry, l.c_n, state_at(m, pass, r));
+    }
+  }
+  SK_DEVICE void empty(int copy, int pass) const {
+    const Own m(at.cta);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (m.row + r * kPassRows < at.pass_rows(pass)) words(m, copy, pass, r).empty();
   }
 
   SK_DEVICE void run(char* shared) const {
-    load_bias();
-    enter();
-    const Multiplier<S, kMTiles> product(p, shared,
-                                         RowsOfGates<S, kGates, kUnits>(w_hh_of(l, at.direction), l.hidden, at.cta));
     const int steps = int(l.steps);
     const auto time = [&](int i) { return at.direction ? steps - 1 - i : i; };
     StepRows now = step_at(l, time(0)), next;
-    int before = 0;  // rows of the step before
-    for (int i = 0; i < steps; ++i, before = now.rows(), now = next) {
+    load_bias();
+    clear(sums, 2 * set_size());
+    enter(now);
+    at.fill_padding(a.ctas * kUnits * int(sizeof(S)));
+    const Multiplier<S, kGates> product(p, shared,
+                                        RowsOfGates<S, kGates>(w_hh_of(l, at.direction), l.hidden, at.cta));
+    float* set = sums;
+    for (int i = 0; i < steps; ++i, now = next) {
       next = step_at(l, time(i + 1));
       for (int pass = 0; pass < at.passes; ++pass) {
-        const int base = at.row0 + pass * kPassRows, live = clip(now.rows() - base, at.pass_rows(pass));
-        if (live == 0) continue;
-        Values v = {};
+        const int base = at.row0 + pass * kPass, rows = at.pass_rows(pass);
+        const int live = clip(now.rows() - base, rows), then = clip(next.rows() - base, rows);
+        if (live == 0 && then == 0) continue;
+        Values v[kRows] = {};
         load_gates(now, pass, live, v);
-        // Flags count what was published: the state before step i is number i + 1, or, where no row had a step before
-        // this one, h0.
-        product.wait(at, pass, kUnits, before > base ? i + 1 : l.h0 ? 1 : 0);
-        product.multiply(live, at.operands(i, pass), at.row_bytes, sums);
-        block_sync();
-        cell(i, pass, live, v);
-        at.publish(pass, i + 2);
-        keep(now, next, pass, live, v);
+#pragma unroll 1
+        for (int r = 0; r < kRows && r * kPassRows < live; ++r)
+          product.multiply(live - r * kPassRows, at.operands(i, pass) + r * kPassRows * at.row_bytes, at.row_bytes,
+                           set + r * sum_size(), [] {});
+        block_sync();  // the sums are there; those of the other set have been read
+        cell(set, pass, live, v);
+        publish(i, pass, live, then, v);
+        keep(now, pass, live, then, v);
+        empty(i + 1 + kEmptyAhead, pass);
+        set = set == sums ? sums + set_size() : sums;
       }
+      at.fence(i);
     }
   }
 };
 
-template <class C, class S, int kUnits> SK_GRID_KERNEL grid_forward_kernel(SK_PARAMETER GridArgs a) {
+template <class C, class S, int kRows> SK_GRID_KERNEL grid_forward_kernel(SK_PARAMETER GridArgs a) {
   SK_SHARED(char, shared);
-  GridForward<C, S, kUnits>(a, shared).run(shared);
+  GridForward<C, S, kRows>(a, shared).run(shared);
 }
 
 }}}  // namespace seqkern::cuda

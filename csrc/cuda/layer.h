@@ -2,7 +2,7 @@
 // launch by the `grid` engine. Says what is computed and in which order; `Run` says how. On the device Run is cuBLAS
 // and kernel launches on a stream (step.cu); the tests run the same order on the host (csrc/testing/step_module.cpp).
 //
-// Run has: gemm(Gemm), copy(to, from, bytes), zero(to, bytes), launch(kernel, grid, block, arguments...),
+// Run has: gemm(Gemm), copy(to, from, bytes), fill(to, byte, bytes), launch(kernel, grid, block, arguments...),
 // grid(Recurrence, Plan, backward). Each does nothing once one of them has failed.
 //
 // The state of all rows lies in one [D, B, *] buffer a kind, so that both directions share each product and each
@@ -48,9 +48,9 @@ template <class Run> struct Layer : LayerBase<Run> {
       with_storage(io, [&](auto t) {
         over_rows(enter_states<decltype(t)>, ends(s, a.output, a.h0, s.enter), a.batch, a.output);
       });
-    else if (entering) run.zero(s.enter, state);
+    else if (entering) run.fill(s.enter, 0, state);
     if (ragged && projected)
-      run.zero(s.full, D * a.batch * a.hidden * io_bytes);  // read, not used, where rows are left
+      run.fill(s.full, 0, D * a.batch * a.hidden * io_bytes);  // read, not used, where rows are left
     void* carry = s.carry ? s.carry : cell.cell_state ? a.c_n : a.h_n;
     if (s.carry || cell.cell_state) widen_state(carry, cell.cell_state ? a.c0 : a.h0, a.hidden);
     for (int64_t i = 0; i < a.steps; ++i) {
@@ -138,9 +138,9 @@ template <class Run> struct Layer : LayerBase<Run> {
     const int64_t states = D * a.batch;
     const void* w_hh = side_by_side(s.w_hh, &Weights::w_hh, gh * a.output);
     const void* w_hr = projected ? side_by_side(s.w_hr, &Weights::w_hr, a.output * a.hidden) : nullptr;
-    if (ragged) run.zero(s.now, states * kh * io_bytes);  // read, not used, for rows that have not begun
-    if (ragged && projected) run.zero(s.dp_now, states * a.output * io_bytes);
-    if (s.past) run.zero(s.past, states * a.output * wide_bytes);
+    if (ragged) run.fill(s.now, 0, states * kh * io_bytes);  // read, not used, for rows that have not begun
+    if (ragged && projected) run.fill(s.dp_now, 0, states * a.output * io_bytes);
+    if (s.past) run.fill(s.past, 0, states * a.output * wide_bytes);
     widen_state(s.carry, cell.cell_state ? a.dc_n : nullptr, a.hidden);
     Step before{};
     for (int64_t i = 0; i < a.steps; ++i) {

@@ -140,7 +140,7 @@ template <class Run> struct LayerBase {
   // [D, B, width] S to W, zeros where there is nothing.
   void widen_state(void* to, const void* from, int64_t width) {
     const int64_t n = D * a.batch * width;
-    if (!from) return run.zero(to, n * wide_bytes);
+    if (!from) return run.fill(to, 0, n * wide_bytes);
     if (io == wide) return run.copy(to, from, n * wide_bytes);
     with_storage(io, [&](auto s) { over_all(widen_all<decltype(s)>, n, from, to, n); });
   }
@@ -150,7 +150,7 @@ template <class Run> struct LayerBase {
   }
   void initial_state(void* to, const void* from, int64_t bytes) {
     if (from) run.copy(to, from, bytes);
-    else run.zero(to, bytes);
+    else run.fill(to, 0, bytes);
   }
   // The directions' weights of one kind as [D, elements].
   const void* side_by_side(char* space, void* Weights::* w, int64_t elements) {
@@ -188,7 +188,7 @@ template <class Run> struct LayerBase {
     if (!g.ldb) g.ldb = b_t ? g.k : g.n;
     if (!g.m || !g.n) return;
     if (g.k) return run.gemm(g);
-    if (!g.accumulate) run.zero(g.c, g.m * g.n * bytes_of(g.out));  // an input of no columns: all of C, dense
+    if (!g.accumulate) run.fill(g.c, 0, g.m * g.n * bytes_of(g.out));  // an input of no columns: all of C, dense
   }
   // rows [0, n) of a state [D, B, k] by each direction's weights.
   void multiply_states(const void* states, int64_t n, const void* w, bool w_t, void* to, Dtype out, int64_t k,
@@ -236,7 +236,7 @@ template <class Run> struct LayerBase {
   int64_t most_rows(const Step& s) const { return D == 2 ? max(s.rows[0], s.rows[1]) : s.rows[0]; }
 
   void grid(const Space& s, bool backward) {
-    run.zero(s.grid, plan.workspace_bytes);
+    run.fill(s.grid, kEmptyByte, plan.workspace_bytes);
     run.grid(recurrence(s), plan, backward);
   }
   Recurrence recurrence(const Space& s) const {

@@ -257,7 +257,8 @@ std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype
   };
   return "{\"engine\": \"" + std::string(engine_name(p.engine)) + "\", \"why\": \"" + p.why + "\"" +
          field("directions", p.directions) + field("tiles", p.tiles) + field("batch_tile", p.batch_tile) +
-         field("ctas", p.ctas) + field("units_per_cta", p.units_per_cta) + field("threads", p.threads) +
+         field("ctas", p.ctas) + field("units_per_cta", p.units_per_cta) +
+         field("rows_per_thread", p.rows_per_thread) + field("threads", p.threads) +
          field("shared_bytes", p.shared_bytes) + field("workspace_bytes", p.workspace_bytes) + "}";
 }
 }  // namespace

@@ -3,10 +3,11 @@
 //
 // The grid engine's work split. The hidden units of a direction are cut over CTAs: each keeps the weights of its own
 // units on chip for the whole call. The batch is cut into tiles; each tile has CTAs of its own, which meet nobody else.
-// A CTA goes through its tile in passes of kPassRows rows: one mma product of M x N x K with
+// A CTA goes through its tile in passes of kPassRows rows, or of twice that, two rows a thread: mma products of
+// M x N x K, one for each kPassRows rows, with
 //
 //            forward                          backward
-//   M        G gates of its units             its units
+//   M        its units, a tile for each gate  its units, one tile
 //   N        rows of the pass                 rows of the pass
 //   K        H (the state)                    G*H (gradients of the gates)
 //
@@ -30,15 +31,18 @@ constexpr int kProductWarps = kWarps;  // that K is shared out to
 constexpr int kTileRows = 16;          // M of an mma
 constexpr int kPassRows = 16;          // N of a pass: two mma columns of 8; the second is left out where 8 rows are all
 constexpr int kMaxPasses = 8;          // of a batch tile
+// Copies of the exchanged rows: those of kCopies states after one another. See grid_product.cuh.
+constexpr int kCopies = 32, kEmptyAhead = 16, kFenceSteps = 8;
+constexpr int kEmptyByte = 0xff;  // the workspace begins as these
 constexpr int kChunkBytes = 64;        // two mma steps along K: 32 elements of 16 bits, 16 of 32
-// Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile two fewer:
-// more of the operand is then under way at a time.
+// Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile half as
+// many: K is long then, and more of the operand is under way at a time.
 constexpr int kHeldTiles = 16;
 constexpr int kFragmentBytes = 1024;            // an M tile and a chunk, a warp: 32 bytes a lane
-constexpr int kFullUnits = 16, kHalfUnits = 8;  // hidden units of a CTA
+constexpr int kUnits = kTileRows;               // hidden units of a CTA
 constexpr int kMinSteps = 2;  // below, loading the weights on chip does not pay: one step reads them once anyway
 constexpr int kMinCc = 80;    // mma of bf16 and tf32
-constexpr int64_t kMaxSteps = (int64_t(1) << 31) - 16;  // flags are ints and count steps
+constexpr int64_t kMaxSteps = (int64_t(1) << 31) - 64;  // steps are counted in ints
 constexpr int kReservedShared = 1024;                   // of a block's shared memory, by the system
 
 enum class Engine : int { kStep = 0, kGrid, kCluster };  // kCluster: not offered yet
@@ -72,16 +76,17 @@ struct Plan {
   int batch_tile;   // rows of a tile, the last may have fewer
   int ctas;         // of a tile
   int units_per_cta;
+  int rows_per_thread;  // 1 or 2
   int threads;
   int64_t shared_bytes;     // a CTA, dynamic
-  int64_t workspace_bytes;  // device memory, of all directions; zero when the first launch begins
+  int64_t workspace_bytes;  // device memory, of all directions; kEmptyByte when the first launch begins
   int grid() const { return directions * tiles * ctas; }
 };
 
 constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
 SK_PLAN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-SK_PLAN constexpr int held_chunks(int m_tiles) { return m_tiles == 1 ? kHeldTiles - 2 : kHeldTiles / m_tiles; }
+SK_PLAN constexpr int held_chunks(int m_tiles) { return m_tiles == 1 ? kHeldTiles / 2 : kHeldTiles / m_tiles; }
 
 // How the product is cut, from what is known when compiling (m_tiles) and when running (k_bytes).
 struct Product {
@@ -96,20 +101,14 @@ struct Product {
         warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kProductWarps))),
         warps(int(ceil_div(row_bytes / kChunkBytes, warp_chunks))),
         spilled(warp_chunks > held_chunks(tiles) ? warp_chunks - held_chunks(tiles) : 0) {}
-  // Shared memory, in this order: weights; partial sums [warps][2][m_tiles][16][8] floats.
+  // Shared memory, in this order: weights; partial sums, two sets in turn, of as many products as a pass has,
+  // [2][products][warps][2][m_tiles][16][8] floats.
   SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kProductWarps) * spilled * m_tiles * kFragmentBytes; }
   SK_PLAN constexpr int64_t sum_bytes() const { return int64_t(kProductWarps) * m_tiles * kTileRows * kPassRows * 4; }
 };
 
-// A tile's workspace: the exchanged rows [2][passes * kPassRows][row_bytes], then the flags [passes][ctas].
-SK_PLAN constexpr int64_t exchange_bytes(const Product& p, int64_t passes) {
-  return 2 * passes * kPassRows * p.row_bytes;
-}
-SK_PLAN constexpr int64_t tile_bytes(const Product& p, int64_t passes, int64_t ctas) {
-  return exchange_bytes(p, passes) + ceil_div(passes * ctas * 4, 128) * 128;
-}
-
-SK_PLAN constexpr int forward_tiles(int gates, int units) { return (gates * units + kTileRows - 1) / kTileRows; }
+// A tile's workspace: the exchanged rows [kCopies][rows][row_bytes], those of a tile rounded up to whole passes.
+SK_PLAN constexpr int64_t tile_bytes(const Product& p, int64_t rows) { return kCopies * rows * p.row_bytes; }
 
 namespace detail {
 
@@ -117,36 +116,42 @@ struct Kind {  // of a pass over the layer
   bool backward;
   int gates, slots;  // slots: 32-bit values kept for each unit and row between steps
   int64_t bytes;     // an element
-  Product product(int64_t hidden, int units) const {
-    const int64_t published = ceil_div(hidden, units) * units;
-    return backward ? Product(1, published * gates * bytes) : Product(forward_tiles(gates, units), published * bytes);
+  Product product(int64_t hidden) const {
+    const int64_t published = ceil_div(hidden, kUnits) * kUnits;
+    return backward ? Product(1, published * gates * bytes) : Product(gates, published * bytes);
   }
 };
 
-inline Plan step_plan(const char* why) { return {Engine::kStep, why, 0, 0, 0, 0, 0, 0, 0, 0}; }
+inline Plan step_plan(const char* why) { return {Engine::kStep, why, 0, 0, 0, 0, 0, 0, 0, 0, 0}; }
 
-inline int64_t shared_bytes(const Kind& kind, const Product& p, int passes) {
-  const int64_t bias = kind.backward ? 0 : 2 * kind.gates * kFullUnits * 4;
-  return p.weight_bytes() + p.sum_bytes() + int64_t(passes) * kThreads * kind.slots * 4 + bias;
+// `rows` are whole passes.
+inline int64_t shared_bytes(const Kind& kind, const Product& p, int64_t rows, int rows_per_thread) {
+  const int64_t bias = kind.backward ? 0 : 2 * kind.gates * kUnits * 4;
+  return p.weight_bytes() + 2 * rows_per_thread * p.sum_bytes() + rows * kUnits * kind.slots * 4 + bias;
 }
 
-inline Plan tiles_for(const Shape& s, const Device& d, const Kind& kind, int units) {
-  const int64_t ctas = ceil_div(s.hidden, units);
+inline Plan tiles_for(const Shape& s, const Device& d, const Kind& kind) {
+  const int64_t ctas = ceil_div(s.hidden, kUnits);
   if (ctas > d.sms) return step_plan("step: the hidden units, 16 to a block, need more SMs than the GPU has");
   const int64_t directions = ctas * s.directions <= d.sms ? s.directions : 1;
   const int64_t most = d.sms / (ctas * directions);
   for (int64_t rows = 8; rows <= kMaxPasses * kPassRows; rows += rows < kPassRows ? 8 : kPassRows) {
-    const int64_t tiles = ceil_div(s.batch, rows), passes = ceil_div(rows, kPassRows);
+    const int64_t tiles = ceil_div(s.batch, rows);
     if (tiles > most) continue;
-    const Product p = kind.product(s.hidden, units);
-    const int64_t shared = shared_bytes(kind, p, int(passes));
-    if (shared > d.shared_per_block || shared + kReservedShared > d.shared_per_sm)
-      return step_plan("step: the recurrent weights do not fit in registers and shared memory of the GPU");
-    return {Engine::kGrid,   "grid: recurrent weights stay on chip",
-            int(directions), int(tiles),
-            int(rows),       int(ctas),
-            units,           kThreads,
-            shared,          s.directions * tiles * tile_bytes(p, passes, ctas)};
+    const Product p = kind.product(s.hidden);
+    // Two rows a thread where a tile has them: one waits for the other's arithmetic, and half the barriers are left.
+    for (int of_thread = rows > kPassRows ? 2 : 1; of_thread > 0; --of_thread) {
+      const int64_t pass = of_thread * kPassRows, padded = ceil_div(rows, pass) * pass;
+      const int64_t shared = shared_bytes(kind, p, padded, of_thread);
+      if (shared > d.shared_per_block || shared + kReservedShared > d.shared_per_sm) continue;
+      return {Engine::kGrid,   "grid: recurrent weights stay on chip",
+              int(directions), int(tiles),
+              int(rows),       int(ctas),
+              kUnits,          of_thread,
+              kThreads,        shared,
+              s.directions * tiles * tile_bytes(p, padded)};
+    }
+    return step_plan("step: the recurrent weights do not fit in registers and shared memory of the GPU");
   }
   return step_plan("step: the batch is large enough for one product per step");
 }
@@ -160,23 +165,13 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   if (d.registers_per_sm < 256 * kThreads || d.threads_per_sm < kThreads)
     return step_plan("step: the GPU's SMs are smaller than a block of the grid engine");
   if (s.steps < kMinSteps) return step_plan("step: a single time step");
-  if (s.steps > kMaxSteps) return step_plan("step: more time steps than the flags count");
+  if (s.steps > kMaxSteps) return step_plan("step: more time steps than are counted");
   if (s.batch < 1) return step_plan("step: the batch is empty");
   const int gates = gates_of(s.cell), bytes = s.dtype == Dtype::kF32 ? 4 : 2;
   const bool lstm = s.cell == Cell::kLstm, gru = s.cell == Cell::kGru;
   // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates.
   const detail::Kind kind{backward, gates, int(lstm || gru), bytes};
-  Plan full = tiles_for(s, d, kind, kFullUnits);
-  // Half the units in a CTA halve its product. It pays where the product is more than a chunk for each warp, SMs would
-  // be idle and no tile of the batch grows for it. A cell of one gate has nothing to halve: its M tile would be half
-  // empty.
-  if (full.engine != Engine::kGrid || backward || gates == 1 || full.batch_tile > kPassRows ||
-      kind.product(s.hidden, kFullUnits).warp_chunks < 2)
-    return full;
-  const Plan half = tiles_for(s, d, kind, kHalfUnits);
-  const bool pays =
-      half.engine == Engine::kGrid && half.directions == full.directions && half.batch_tile == full.batch_tile;
-  return pays ? half : full;
+  return tiles_for(s, d, kind);
 }
 
 }  // namespace detail

@@ -66,6 +66,27 @@ template <> SK_DEVICE half_t from_float<half_t>(float x) {
   return y;
 }
 
+// Two of them in a word, the first in its lower half.
+template <class S> SK_DEVICE uint32_t pack(float low, float high);
+template <> SK_DEVICE uint32_t pack<bf16>(float low, float high) {
+  uint32_t y = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+  __trap();
+#endif
+  return y;
+}
+template <> SK_DEVICE uint32_t pack<half_t>(float low, float high) {
+  uint32_t y = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+  __trap();
+#endif
+  return y;
+}
+
 // A TF32 operand of mma: 10 bits of mantissa, rounded to nearest, ties away from zero.
 SK_DEVICE uint32_t to_tf32(float x) {
   uint32_t y = 0;
@@ -152,6 +173,23 @@ SK_DEVICE void wait_acquire(const int* flag, int value) {
   do asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
   while (seen < value);
 }
+// Words that tell by themselves that they are there: memory begins as kEmptyWord, which is no number (full() sees to
+// that), and who waits for words polls them. They order no other memory.
+constexpr uint32_t kEmptyWord = 0xffffffffu;
+SK_DEVICE uint32_t full(uint32_t x) { return x == kEmptyWord ? 0x7fff7fffu : x; }  // one NaN for another
+SK_DEVICE void st_word(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+// Four words, each read whole; from an address that is a multiple of 16.
+SK_DEVICE void ld_words(uint32_t (&x)[4], const void* p) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "l"(p));
+}
+// Between two looks at the words at p, one of which was empty.
+SK_DEVICE void poll_again(const void*) {}
+// What this thread stored before it, no thread sees after what it stores later.
+SK_DEVICE void device_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The old value. It orders no other memory.
 SK_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
 

@@ -103,8 +103,8 @@ struct OnStream {
   void copy(void* to, const void* from, int64_t bytes) {
     if (!error && bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
   }
-  void zero(void* to, int64_t bytes) {
-    if (!error && bytes) check(cudaMemsetAsync(to, 0, bytes, stream));
+  void fill(void* to, int byte, int64_t bytes) {
+    if (!error && bytes) check(cudaMemsetAsync(to, byte, bytes, stream));
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), Extent grid, Extent block, const Arguments&... arguments) {

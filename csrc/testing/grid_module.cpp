@@ -41,6 +41,7 @@ py::dict plan_of(const py::dict& shape, const py::dict& device, bool backward) {
   d["batch_tile"] = p.batch_tile;
   d["ctas"] = p.ctas;
   d["units_per_cta"] = p.units_per_cta;
+  d["rows_per_thread"] = p.rows_per_thread;
   d["threads"] = p.threads;
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
@@ -115,7 +116,7 @@ Recurrence recurrence_of(const Shape& s, int64_t rows, const Memory& m) {
 // As grid_forward and grid_backward of cuda/grid.cu.
 void launch(const Recurrence& r, const Plan& p, bool backward, uint64_t seed) {
   const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward);
-  if (!kernel) throw std::invalid_argument("grid: no kernel for this cell, dtype and plan");
+  if (!kernel) throw std::invalid_argument("grid: no kernel for this cell and dtype");
   for (int d = 0; d < int(r.layer.directions); d += p.directions) {
     const GridArgs args{r, d, p.tiles, p.batch_tile, p.ctas};
     host_launch(kernel, {unsigned(p.grid())}, {unsigned(p.threads)}, p.shared_bytes, seed + d, args);
@@ -129,7 +130,7 @@ py::dict run(const py::dict& shape, const py::dict& device, int64_t rows, bool b
   if (p.engine != Engine::kGrid) throw std::invalid_argument(std::string("grid: the plan is ") + p.why);
   const Memory memory(in, out);
   host::Global workspace("workspace", p.workspace_bytes);
-  workspace.zero();
+  workspace.fill(kEmptyByte);
   Recurrence r = recurrence_of(s, rows, memory);
   r.workspace = workspace.as<char>();
   launch(r, p, backward, seed);

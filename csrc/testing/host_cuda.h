@@ -107,6 +107,9 @@ template <class S> S from_float(float x);
 template <> SK_DEVICE float from_float<float>(float x) { return x; }
 template <> SK_DEVICE bf16 from_float<bf16>(float x) { return {host::to_bf16(x)}; }
 template <> SK_DEVICE half_t from_float<half_t>(float x) { return {host::to_f16(x)}; }
+template <class S> SK_DEVICE uint32_t pack(float low, float high) {
+  return from_float<S>(low).bits | uint32_t(from_float<S>(high).bits) << 16;
+}
 uint32_t to_tf32(float x);
 
 // ---- block and warp
@@ -141,6 +144,12 @@ template <class T> SK_DEVICE void st_cg(T* p, const T& x) {
 void signal_release(int* flag, int value);
 void add_release(int* flag, int value);
 void wait_acquire(const int* flag, int value, const host::Site& at = host::Site::current());
+constexpr uint32_t kEmptyWord = 0xffffffffu;
+SK_DEVICE uint32_t full(uint32_t x) { return x == kEmptyWord ? 0x7fff7fffu : x; }
+void st_word(uint32_t* p, uint32_t x);
+void ld_words(uint32_t (&x)[4], const void* p);
+void poll_again(const void* p, const host::Site& at = host::Site::current());
+void device_fence();
 int atomic_add(int* p, int value);
 
 // ---- tensor cores

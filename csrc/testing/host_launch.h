@@ -45,7 +45,7 @@ class Global {
 
   template <class T> T* as() const { return static_cast<T*>(data_); }
   int64_t bytes() const { return bytes_; }
-  void zero();                     // writes zeros, as a memset on the stream would
+  void fill(int byte);             // as a memset on the stream would
   void copy_to(void* data) const;  // throws a Fault if a byte was never written
 
  private:

@@ -236,8 +236,8 @@ Global::Global(const char* name, const void* data, int64_t bytes) : Global(name,
   mark_written(data_, bytes);
 }
 Global::~Global() { release(data_); }
-void Global::zero() {
-  memset(data_, 0, size_t(bytes_));
+void Global::fill(int byte) {
+  memset(data_, byte, size_t(bytes_));
   mark_written(data_, bytes_);
 }
 void Global::copy_to(void* data) const {

@@ -116,6 +116,25 @@ void wait_acquire(const int* flag, int value, const Site& at) {
   host::acquire_clock(run_now->running(), run_now->flags[flag]);
 }
 
+// Words are emptied before they are filled again: else who polls may take the old ones for the new.
+void st_word(uint32_t* p, uint32_t x) {
+  run_now->let_others_run();
+  host::check_aligned(p, sizeof *p, Access::kAtomicStore, __builtin_return_address(0));
+  if (x != kEmptyWord && *p != kEmptyWord) fault("st_word: %s is filled already", host::describe(p).c_str());
+  *p = x;
+  run_now->wake(reinterpret_cast<const void*>(uintptr_t(p) & ~uintptr_t(15)));
+}
+void ld_words(uint32_t (&x)[4], const void* p) {
+  host::check_aligned(p, 16, Access::kAtomicRead, __builtin_return_address(0));
+  memcpy(x, p, sizeof x);
+}
+void poll_again(const void* p, const Site& at) {
+  uint32_t x[4];
+  memcpy(x, p, sizeof x);
+  if (std::count(x, x + 4, kEmptyWord)) run_now->wait(p, "poll_again", at);
+}
+void device_fence() { run_now->let_others_run(); }
+
 int atomic_add(int* p, int value) {
   run_now->let_others_run();
   host::check_aligned(p, sizeof *p, Access::kAtomicUpdate, __builtin_return_address(0));

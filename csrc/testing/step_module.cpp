@@ -38,8 +38,8 @@ struct Host {
     memcpy(to, from, size_t(bytes));
     host::mark_written(to, bytes);
   }
-  void zero(void* to, int64_t bytes) {
-    memset(to, 0, size_t(bytes));
+  void fill(void* to, int byte, int64_t bytes) {
+    memset(to, byte, size_t(bytes));
     host::mark_written(to, bytes);
   }
   void gemm(const Gemm& g) {
@@ -51,7 +51,7 @@ struct Host {
   }
   void grid(const Recurrence& r, const Plan& plan, bool backward) {
     const GridKernel kernel = grid_kernel(r.cell, r.dtype, plan, backward);
-    if (!kernel) throw std::invalid_argument("grid: no kernel for this cell, dtype and plan");
+    if (!kernel) throw std::invalid_argument("grid: no kernel for this cell and dtype");
     for (int d = 0; d < int(r.layer.directions); d += plan.directions) {
       const GridArgs args{r, d, plan.tiles, plan.batch_tile, plan.ctas};
       host_launch(kernel, {unsigned(plan.grid())}, {unsigned(plan.threads)}, plan.shared_bytes,
@@ -100,7 +100,7 @@ struct Arrays {
       add(item.first.cast<std::string>(), array, array.data());
     }
     for (auto item : out) add(item.first.cast<std::string>(), item.second.cast<py::array>(), nullptr);
-    if (buffers.count("flow")) buffers["flow"]->zero();  // as cuda/ops.cpp allocates it
+    if (buffers.count("flow")) buffers["flow"]->fill(0);  // as cuda/ops.cpp allocates it
   }
   void add(const std::string& name, const py::array& array, const void* data) {
     if (!(array.flags() & py::array::c_style)) throw std::invalid_argument(name + ": must be contiguous");
