@@ -110,7 +110,7 @@ def scan(p: Tensor, h0: Tensor | None, keep: Tensor | None, cell: str) -> Tensor
         cell: mingru, mingru_positive, minlstm or minlstm_positive.
     """
     grad = keep is not None and keep.requires_grad and torch.is_grad_enabled()
-    if p.device.type != "cpu" or not functional.has_kernel(p.device, p.dtype) or functional.transformed() or grad:
+    if not functional.has_kernel(p.device, p.dtype) or functional.transformed() or grad:
         return reference(p, h0, keep, cell)
     return torch.ops.seqkern.scan(p, h0, keep, cell)
 

@@ -186,3 +186,13 @@ def test_errors():
     ):
         with pytest.raises(error, match=text):
             call()
+
+
+@each_cell
+def test_a_reset_clears_what_is_not_a_number_in_pieces_of_time_too(cell):
+    torch.set_num_threads(3)
+    p = torch.randn(1500, 1, scan.GATES[cell])
+    keep = torch.ones(1500, 1)
+    keep[700] = 0
+    h = torch.ops.seqkern.scan(p, torch.full((1, 1), float("nan")), keep, cell)
+    assert h[:700].isnan().all() and h[700:].isfinite().all()

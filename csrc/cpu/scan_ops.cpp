@@ -6,46 +6,14 @@
 #include <functional>
 #include <tuple>
 
+#include "../core/scan_problem.h"
 #include "dispatch.h"
 #include "memory.h"
 
 namespace seqkern {
 namespace {
-struct ScanInfo { const char* name; int64_t gates; };
-constexpr ScanInfo kScans[kScanCells] = {
-    {"mingru", 2}, {"mingru_positive", 2}, {"minlstm", 3}, {"minlstm_positive", 3}};
-
-int scan_cell(const std::string& name) {
-  for (int i = 0; i < kScanCells; ++i)
-    if (name == kScans[i].name) return i;
-  STD_TORCH_CHECK(false, "cell must be one of mingru, mingru_positive, minlstm, minlstm_positive, got ", name);
-}
-
-struct ScanCall {
-  ScanArgs args{};
-  int cell, dtype;
-  ScalarType sums;
-  Tensor p;
-  Optional h0, keep;
-
-  ScanCall(const std::string& name, const Tensor& given, const Optional& h, const Optional& k) : p(dense(given)) {
-    cell = scan_cell(name);
-    dtype = int(kernel_dtype(name, p.scalar_type()));
-    const int64_t g = kScans[cell].gates;
-    STD_TORCH_CHECK(p.dim() == 3 && p.size(2) % g == 0 && p.size(0) > 0 && p.size(2) > 0, name, ": p must be [T, B, ", g,
-                    "*H] with T and H positive, got ", text(sizes_of(p)));
-    args.steps = p.size(0);
-    args.batch = p.size(1);
-    args.hidden = p.size(2) / g;
-    sums = p.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    Wanted{name, p.scalar_type()}.check(h, "h0", "[B, H]", {args.batch, args.hidden});
-    Wanted{name, sums}.check(k, "keep", "[T, B]", {args.steps, args.batch});
-    if (h) h0 = dense(*h);
-    if (k) keep = dense(*k);
-    args.p = data(p);
-    args.h0 = data(h0);
-    args.keep = data(keep);
-  }
+struct ScanCall : ScanProblem {
+  using ScanProblem::ScanProblem;
 
   // Runs `kernel` over all time for all units. With fewer vectors of units than threads, time is cut into pieces: first
   // each finds its factor and summand, then, with these chained, its results. `state` holds the initial state and gets
@@ -87,7 +55,7 @@ struct ScanCall {
   template <class T> static void chain_of(T* state, T* sum, const T* factor, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const T first = state[i];
-      state[i] = factor[i] * first + sum[i];
+      state[i] = (factor[i] == 0 ? T(0) : factor[i] * first) + sum[i];  // what was cleared may not be a number
       sum[i] = first;
     }
   }
@@ -124,9 +92,7 @@ Tensor scan(Tensor p, Optional h0, Optional keep, std::string cell) {
 std::tuple<Tensor, Tensor> scan_backward(Tensor dh, Tensor p, Optional h0, Optional keep, Tensor h, std::string cell) {
   ScanCall call(cell, p, h0, keep);
   ScanArgs& a = call.args;
-  Wanted want{cell, p.scalar_type()};
-  want.check(dh, "dh", "[T, B, H]", {a.steps, a.batch, a.hidden});
-  want.check(h, "h", "[T, B, H]", {a.steps, a.batch, a.hidden});
+  call.check_backward(cell, dh, h);
   Tensor dp = torch::stable::new_empty(p, sizes_of(p)), dh0 = torch::stable::new_empty(p, {a.batch, a.hidden});
   in_large_pages(dp);
   if (a.batch == 0) return {dp, dh0};

@@ -23,6 +23,16 @@ SK_MATH void narrow(float x, float& y) { y = x; }
 SK_MATH void narrow(float x, bf16& y) { y.bits = from_float<bf16>(x).bits; }
 SK_MATH void narrow(float x, half_t& y) { y.bits = from_float<half_t>(x).bits; }
 
+// f(a number of the storage type).
+template <class F> void with_storage(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kF64: return f(double{});
+    case Dtype::kF32: return f(float{});
+    case Dtype::kBf16: return f(bf16{});
+    case Dtype::kF16: return f(half_t{});
+  }
+}
+
 template <class S> constexpr int kLanes = sizeof(S) == 8 ? 1 : 4;  // of a vector: 16 bytes of float
 
 template <class S, int V> struct alignas(sizeof(S) * V) Lanes {

@@ -71,6 +71,12 @@ Error layer_backward(const LayerCall&, char* workspace, Stream, void* blas);
 Error query_device(Device*);
 Error fill_mask(Dtype, const Random&, Stream);
 
+// ---- scan.cu
+
+int64_t scan_workspace(const ScanArgs&, Dtype, int sms);  // bytes
+// Forward, or, where a.dp is not null, backward with dh0 [B, H]. cell: as in core/scan_cells.h's operators.
+Error scan(const ScanArgs& a, void* dh0, int cell, Dtype, int sms, char* workspace, Stream);
+
 // ---- grid.cu
 
 // Whether every CTA of the plan is resident at once on the current device: asks the occupancy of the kernel that

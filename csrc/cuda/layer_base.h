@@ -15,14 +15,6 @@ struct CellShape {
 template <class C> constexpr CellShape kShapeOf{
     C::kGates, C::kSaved, C::kGrads, C::kCarry == Carry::kCell, C::kCarry == Carry::kHidden, C::kOrder};
 
-template <class F> void with_storage(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kF64: return f(double{});
-    case Dtype::kF32: return f(float{});
-    case Dtype::kBf16: return f(bf16{});
-    case Dtype::kF16: return f(half_t{});
-  }
-}
 inline CellShape shape_of(Cell cell) {
   CellShape shape{};
   with_cell(cell, [&](auto c) { shape = kShapeOf<decltype(c)>; });

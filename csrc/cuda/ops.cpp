@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../core/layer_options.h"
+#include "../core/scan_problem.h"
 #include "launch.h"
 #include "planner.h"
 
@@ -240,6 +241,45 @@ Tensor bernoulli(Tensor like, std::vector<int64_t> size, Tensor seed, int64_t st
   return to;
 }
 
+void run_scan(const ScanProblem& problem, const std::string& cell, void* dh0) {
+  const int index = problem.p.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const Dtype dtype = Dtype(problem.dtype);
+  const int sms = properties(index).sms;
+  const Tensor workspace =
+      torch::stable::new_empty(problem.p, {scan_workspace(problem.args, dtype, sms)}, ScalarType::Byte);
+  const Error error =
+      scan(problem.args, dh0, problem.cell, dtype, sms, (char*)data(workspace), Current(cell, index).stream);
+  STD_TORCH_CHECK(!error, cell, ": on cuda:", index, ": ", error);
+}
+
+Tensor scan_forward(Tensor p, Optional h0, Optional keep, std::string cell) {
+  check_devices(cell, p, {&h0, &keep}, {});
+  ScanProblem problem(cell, p, h0, keep);
+  ScanArgs& a = problem.args;
+  Tensor h = empty(p, {a.steps, a.batch, a.hidden});
+  if (a.batch == 0) return h;
+  a.h = data(h);
+  run_scan(problem, cell, nullptr);
+  return h;
+}
+
+std::tuple<Tensor, Tensor> scan_backward(Tensor dh, Tensor p, Optional h0, Optional keep, Tensor h, std::string cell) {
+  check_devices(cell, p, {&h0, &keep}, {dh, h});
+  ScanProblem problem(cell, p, h0, keep);
+  problem.check_backward(cell, dh, h);
+  ScanArgs& a = problem.args;
+  Tensor dp = empty(p, sizes_of(p)), dh0 = empty(p, {a.batch, a.hidden});
+  if (a.batch == 0) return {dp, dh0};
+  dh = dense(dh);
+  h = dense(h);
+  a.dh = data(dh);
+  a.h = data(h);
+  a.dp = data(dp);
+  run_scan(problem, cell, data(dh0));
+  return {dp, dh0};
+}
+
 // JSON. `sizes`: T, B, H, P.
 std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
                  bool backward, int64_t device, bool options) {
@@ -269,6 +309,8 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
   m.impl("option_layer", TORCH_BOX(&option_forward));
   m.impl("option_layer_backward", TORCH_BOX(&option_backward));
   m.impl("_bernoulli", TORCH_BOX(&bernoulli));
+  m.impl("scan", TORCH_BOX(&scan_forward));
+  m.impl("scan_backward", TORCH_BOX(&scan_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_cuda_plan", TORCH_BOX(&plan)); }
 }}  // namespace seqkern::cuda

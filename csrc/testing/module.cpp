@@ -15,6 +15,7 @@ namespace seqkern { namespace testing {
 SK_PART void bind_simt(py::module_& m);
 SK_PART void bind_grid(py::module_& m);
 SK_PART void bind_step(py::module_& m);
+SK_PART void bind_scan(py::module_& m);
 
 }}  // namespace seqkern::testing
 
@@ -25,4 +26,5 @@ PYBIND11_MODULE(SK_MODULE, m) {
   if (bind_simt) bind_simt(m);
   if (bind_grid) bind_grid(m);
   if (bind_step) bind_step(m);
+  if (bind_scan) bind_scan(m);
 }
