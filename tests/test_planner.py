@@ -11,6 +11,7 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 # sms, cc, KiB of shared memory a block and an SM, threads an SM
 DEVICES = {
     "H100 SXM": (132, 90, 227, 228, 2048),
+    "H200": (132, 90, 227, 228, 2048),
     "H100 PCIe": (114, 90, 227, 228, 2048),
     "A100": (108, 80, 163, 164, 2048),
     "RTX 5090": (170, 120, 99, 100, 1536),
@@ -80,17 +81,24 @@ def test_every_shape_of_the_comparison_has_a_plan(name):
                             assert plan["engine"] in ("step", "grid")
                             assert plan["engine"] == "step" or not faults(plan, s, d), faults(plan, s, d)
     print(f"{name}: grid engine for {by_grid} of {total} plans")
-    assert by_grid > total * (0.5 if name == "RTX 5070" else 0.8)
+    assert by_grid > total * (0.5 if name == "RTX 5070" else 0.75)
 
 
 @pytest.mark.parametrize("backward", (False, True))
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes_that_are_promised_on_an_h100(cell, backward):
-    """16-bit cells to H = 2048, on an H100; half that in TF32, whose weights take twice the space."""
-    for dtype, hidden in (("bfloat16", 2048), ("float16", 2048), ("float32", 1024)):
-        for batch in BATCHES:
+    """16-bit cells to H = 2048 and to B = 128 at H = 1024; half of H in TF32, whose weights take twice the space."""
+    for dtype, largest in (("bfloat16", 2048), ("float16", 2048), ("float32", 1024)):
+        for batch, hidden in ((1, largest), (16, largest), (64, largest // 2), (128, largest // 2)):
             plan = host.load("grid").plan(shape(cell, dtype, B=batch, H=hidden), device("H100 SXM"), backward)
             assert plan["engine"] == "grid", plan
+
+
+def test_a_large_batch_of_wide_rows_takes_one_product_a_step():
+    for options, backward in (({"B": 64, "H": 2048}, True), ({"cell": "rnn_tanh", "B": 128, "H": 2048, "D": 2}, False)):
+        plan = host.load("grid").plan(shape(**options), device("H200"), backward)
+        assert plan["engine"] == "step" and "batch is large" in plan["why"], plan
+    assert host.load("grid").plan(shape(B=64, H=2048), device("H200"), False)["engine"] == "grid"
 
 
 REASONS = {
@@ -139,6 +147,8 @@ def test_sizes_that_divide_by_nothing(hidden, batch):
             for name in ("H100 SXM", "A100"):
                 s = shape(cell, B=batch, H=hidden, D=2)
                 plan = host.load("grid").plan(s, device(name), backward)
+                if batch > 64 and "batch is large" in plan["why"]:
+                    continue
                 assert plan["engine"] == "grid" and not faults(plan, s, device(name)), plan
 
 
