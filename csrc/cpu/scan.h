@@ -14,6 +14,12 @@ template <class T> SK_INL Pack<T> positive_or_zero(Pack<T> x) {  // 1 where x >=
   return Pack<T>::wrap(x.v >= Pack<T>(0).v ? Pack<T>(1).v : Pack<T>(0).v);
 }
 template <class T> SK_INL Pack<T> minimum(Pack<T> a, Pack<T> b) { return Pack<T>::wrap(a.v < b.v ? a.v : b.v); }
+// A piece's factor after a step: `after`, but 0 where, and only where, the state was cleared, so that a state that is not
+// a number outlives a factor too small to tell from 0, and no reset.
+template <class T> SK_INL Pack<T> factor_after(Pack<T> before, Pack<T> after) {
+  const auto least = Pack<T>(sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.17549435e-38f)).v;  // normal
+  return Pack<T>::wrap(before.v > Pack<T>(0).v ? (after.v > least ? after.v : least) : Pack<T>(0).v);
+}
 
 template <class C, class S> struct Scan {
   using Acc = typename AccOf<S>::Type;
@@ -49,7 +55,8 @@ template <class C, class S> struct Scan {
         C::forward(p, f, s);
         V h = f * kept(a, t, b, load(state)) + s;
         store(h, state);
-        if (part.summary) store(f * kept(a, t, b, load(factor)), factor);
+        const V before = part.summary ? kept(a, t, b, load(factor)) : V(0);
+        if (part.summary) store(factor_after(before, f * before), factor);
         else store(h, (S*)a.h + (t * a.batch + b) * a.hidden + j, lanes);
       });
   }
@@ -63,7 +70,8 @@ template <class C, class S> struct Scan {
         C::forward(p, f, s);
         V dh = load(state) + load((const S*)a.dh + (t * a.batch + b) * a.hidden + j, lanes);
         store(kept(a, t, b, f * dh), state);
-        if (part.summary) return store(kept(a, t, b, f * load(factor)), factor);
+        if (part.summary)
+          return store(kept(a, t, b, factor_after(load(factor), f * load(factor))), factor);
         const S* before = t ? (const S*)a.h + ((t - 1) * a.batch + b) * a.hidden + j
                             : a.h0 ? (const S*)a.h0 + b * a.hidden + j : nullptr;
         V dp[C::kGates], h = before ? kept(a, t, b, load(before, lanes)) : V(0);

@@ -51,7 +51,7 @@ struct Recurrence {
   bool tf32;
   const void* gates_x[kMaxDirections];  // [N, G*H] W_ih x in torch's gate order, without biases, in `dtype`
   void* dgates[kMaxDirections];         // [N, kGrads*H] columns as in core/cells.h, in `dtype`
-  char* workspace;                      // plan.workspace_bytes, 256-byte aligned, zeroed
+  char* workspace;                      // plan.workspace_bytes, 256-byte aligned, all kEmptyByte
 };
 
 // A random mask (seqkern/masks.py): to[k] of n elements is `value` where k's bits are below limit, of 2^32, else 0.

@@ -22,7 +22,10 @@ template <class V> SK_MATH V positive_or_zero(V x) { return x >= V(0) ? V(1) : V
 
 namespace seqkern { namespace cuda { namespace {
 
-constexpr int kScanThreads = 128, kScanAhead = 8;  // of a block; steps whose loads are under way at once
+constexpr int kScanThreads = 128;  // of a block
+// Steps whose loads are under way at once: as many as do not spill.
+template <class C, class S> constexpr int kAheadOf = sizeof(S) == 8 || C::kGates == 3 ? 4 : 8;
+constexpr int kPiecesAhead = 8;
 
 struct ScanPass {
   ScanArgs a;
@@ -32,6 +35,13 @@ struct ScanPass {
 };
 
 template <class W> SK_MATH W kept(W keep, W x) { return keep == W(0) ? W(0) : x * keep; }  // 0 clears a NaN, too
+
+// A piece's factor after a step: `after`, but 0 where, and only where, the state was cleared, so that a state that is not
+// a number outlives a factor too small to tell from 0, and no reset.
+template <class W> SK_MATH W factor_after(W before, W after) {
+  const W least = sizeof(W) == 8 ? W(2.2250738585072014e-308) : W(1.17549435e-38f);
+  return before > W(0) ? (after > least ? after : least) : W(0);
+}
 
 // A thread's units and steps.
 template <class S, int V> struct ScanPlace {
@@ -68,6 +78,7 @@ template <class C, class S, int V> struct ScanStep {
 template <class C, class S, int V, bool kSummary>
 __global__ void __launch_bounds__(kScanThreads) scan_forward(ScanPass s) {
   using W = Wide<S>;
+  constexpr int kAhead = kAheadOf<C, S>;
   const ScanPlace<S, V> at(s);
   if (!at.inside) return;
   W state[V], factor[V];
@@ -78,13 +89,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_forward(ScanPass s) {
     state[v] = kSummary ? W(0) : s.pieces > 1 ? ((const W*)s.state)[at.stored + v]
                : s.a.h0 ? W(widen(((const S*)s.a.h0)[first])) : W(0);
   }
-  for (int64_t t = at.begin; t < at.end; t += kScanAhead) {
-    ScanStep<C, S, V> step[kScanAhead] = {};
+  for (int64_t t = at.begin; t < at.end; t += kAhead) {
+    ScanStep<C, S, V> step[kAhead] = {};
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u)
+    for (int u = 0; u < kAhead; ++u)
       if (t + u < at.end) step[u].load(s.a, t + u, at.b, at.unit);
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       if (t + u >= at.end) break;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -92,7 +103,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_forward(ScanPass s) {
         step[u].gates(v, x);
         C::forward(x, f, add);
         state[v] = f * kept(step[u].keep, state[v]) + add;
-        if (kSummary) factor[v] = f * kept(step[u].keep, factor[v]);
+        if (kSummary) {
+          const W before = kept(step[u].keep, factor[v]);
+          factor[v] = factor_after(before, f * before);
+        }
       }
       if (!kSummary) store<S, V>(s.a.h, ((t + u) * s.a.batch + at.b) * s.a.hidden + at.unit, state);
     }
@@ -110,6 +124,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_forward(ScanPass s) {
 template <class C, class S, int V, bool kSummary>
 __global__ void __launch_bounds__(kScanThreads) scan_backward(ScanPass s) {
   using W = Wide<S>;
+  constexpr int kAhead = kAheadOf<C, S>;
   const ScanPlace<S, V> at(s);
   if (!at.inside) return;
   W state[V], factor[V];
@@ -119,11 +134,11 @@ __global__ void __launch_bounds__(kScanThreads) scan_backward(ScanPass s) {
     state[v] = kSummary || s.pieces == 1 ? W(0) : ((const W*)s.state)[at.stored + v];
   }
   const int64_t row = s.a.batch * s.a.hidden, mine = at.b * s.a.hidden + at.unit;
-  for (int64_t last = at.end - 1; last >= at.begin; last -= kScanAhead) {
-    ScanStep<C, S, V> step[kScanAhead] = {};
-    S dh[kScanAhead][V] = {}, before[kScanAhead][V] = {};
+  for (int64_t last = at.end - 1; last >= at.begin; last -= kAhead) {
+    ScanStep<C, S, V> step[kAhead] = {};
+    S dh[kAhead][V] = {}, before[kAhead][V] = {};
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       const int64_t t = last - u;
       if (t < at.begin) continue;
       step[u].load(s.a, t, at.b, at.unit);
@@ -133,7 +148,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_backward(ScanPass s) {
       else if (s.a.h0) load<V>(s.a.h0, mine, before[u]);
     }
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       const int64_t t = last - u;
       if (t < at.begin) break;
       W dp[C::kGates][V];
@@ -144,18 +159,19 @@ __global__ void __launch_bounds__(kScanThreads) scan_backward(ScanPass s) {
         C::forward(x, f, add);
         const W d = state[v] + widen(dh[u][v]);
         state[v] = kept(step[u].keep, f * d);
-        if (kSummary) {
-          factor[v] = kept(step[u].keep, f * factor[v]);
-          continue;
+        if constexpr (kSummary) {
+          factor[v] = kept(step[u].keep, factor_after(factor[v], f * factor[v]));
+        } else {
+          C::backward(x, d * kept(step[u].keep, W(widen(before[u][v]))), d, grad);
+#pragma unroll
+          for (int g = 0; g < C::kGates; ++g) dp[g][v] = grad[g];
         }
-        C::backward(x, d * kept(step[u].keep, W(widen(before[u][v]))), d, grad);
-#pragma unroll
-        for (int g = 0; g < C::kGates; ++g) dp[g][v] = grad[g];
       }
-      if (kSummary) continue;
+      if constexpr (!kSummary) {
 #pragma unroll
-      for (int g = 0; g < C::kGates; ++g)
-        store<S, V>(s.a.dp, ((t * s.a.batch + at.b) * C::kGates + g) * s.a.hidden + at.unit, dp[g]);
+        for (int g = 0; g < C::kGates; ++g)
+          store<S, V>(s.a.dp, ((t * s.a.batch + at.b) * C::kGates + g) * s.a.hidden + at.unit, dp[g]);
+      }
     }
   }
 #pragma unroll
@@ -175,17 +191,17 @@ template <class S, bool kBackward> __global__ void __launch_bounds__(kScanThread
   const int64_t count = s.a.batch * s.a.hidden, q = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (q >= count) return;
   W state = !kBackward && s.a.h0 ? W(widen(((const S*)s.a.h0)[q])) : W(0);
-  for (int64_t k = 0; k < s.pieces; k += kScanAhead) {
-    W add[kScanAhead] = {}, factor[kScanAhead] = {};
+  for (int64_t k = 0; k < s.pieces; k += kPiecesAhead) {
+    W add[kPiecesAhead] = {}, factor[kPiecesAhead] = {};
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u)
+    for (int u = 0; u < kPiecesAhead; ++u)
       if (k + u < s.pieces) {
         const int64_t at = (kBackward ? s.pieces - 1 - k - u : k + u) * count + q;
         add[u] = ((const W*)s.state)[at];
         factor[u] = ((const W*)s.factor)[at];
       }
 #pragma unroll
-    for (int u = 0; u < kScanAhead; ++u)
+    for (int u = 0; u < kPiecesAhead; ++u)
       if (k + u < s.pieces) {
         ((W*)s.state)[(kBackward ? s.pieces - 1 - k - u : k + u) * count + q] = state;
         state = kept(factor[u], state) + add[u];
