@@ -79,7 +79,7 @@ def forced(engine: str | None) -> Iterator[None]:
 
 
 def plain(t):
-    """Dense copies, of tensors and of what tuples and lists hold of them: cuDNN takes states and cotangents no other way."""
+    """Dense copies, of tensors and of what tuples and lists hold of them: cuDNN takes states no other way."""
     if isinstance(t, (list, tuple)):
         return [plain(part) for part in t]
     return t.contiguous() if isinstance(t, Tensor) else t

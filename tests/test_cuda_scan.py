@@ -110,4 +110,3 @@ def test_unaligned_and_on_another_device():
     assert torch.equal(torch.ops.seqkern.scan(p, None, None, "mingru"), want)
     with pytest.raises(RuntimeError, match="must be on cuda:0 as x is, got one on"):
         torch.ops.seqkern.scan(p, torch.zeros(2, 6, dtype=torch.bfloat16), None, "mingru")
-

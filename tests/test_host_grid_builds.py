@@ -61,7 +61,7 @@ CHILD = """
 
 
 def outcome() -> str:
-    """What is wrong with CASE: a line for each tensor, or the Fault that ended it, in the first order that shows any."""
+    """What is wrong with CASE: a line for each tensor, or the Fault that ended it, in the first order with any."""
     lines = []
     for seed in SEEDS:
         try:

@@ -43,7 +43,5 @@ class Linear(torch.autograd.Function):
 def native(case: Case) -> dict[str, float]:
     """As the oracle's: the reference's own distance from the truth, by name, with such products."""
     with mock.patch.object(reference, "linear", lambda x, w, b=None: Linear.apply(x, w, b)):
-        found = evaluate(
-            reference.layer, case, make_inputs(case, torch.float32), make_cotangents(case, torch.float32)
-        )
+        found = evaluate(reference.layer, case, make_inputs(case, torch.float32), make_cotangents(case, torch.float32))
     return {name: distance(found[name], want) for name, want in truth_beside(case, torch.float32, found).items()}
