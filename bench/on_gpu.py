@@ -4,11 +4,13 @@
     python bench/on_gpu.py --only grid --quick    a short call for one engine
 
 Uses the interpreter that runs it, with its torch (a CUDA build), pytest and ninja, and a CUDA toolkit; no network, no
-environment of its own. Builds in place. Writes bench/results/GPU.jsonl and its page, and bench/out/on_gpu.md: each
-stage, what came of it and how long it took. Goes on after a stage that fails, and then ends with status 1.
+environment of its own. The tests' float64 truths are computed on the CPU: with pytest-xdist there too they take half a
+minute. Builds in place. Writes bench/results/GPU.jsonl and its page, and bench/out/on_gpu.md: each stage, what came of
+it and how long it took. Goes on after a stage that fails, and then ends with status 1.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -97,8 +99,9 @@ def session(only: str | None, quick: bool) -> Session:
         return s
     chosen = ["-k", f"{only} or not (step or grid)"] if only else []
     tests = [PYTHON, "-m", "pytest", "-q", "-x" if quick else "--maxfail=20", *chosen]
-    files = [f"tests/test_cuda_{name}.py" for name in ("engine", "torch", "options")]
-    s.run("tests", [*tests, *files], 240)
+    files = [f"tests/test_cuda_{name}.py" for name in ("engine", "torch", "options", "scan")]
+    workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    s.run("tests", [*tests, *workers, *files, "tests/test_search_graphs.py"], 240)
 
     limit = max(10, min(200, s.left() - 150))
     command = [PYTHON, "bench/run.py", "--device", "cuda", "--json", "bench/results", "--report"]
