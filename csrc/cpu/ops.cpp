@@ -12,16 +12,17 @@
 #include "dispatch.h"
 #include "execute.h"
 #include "memory.h"
+#include "one_step.h"
 #include "plan.h"
 
 namespace seqkern {
 namespace {
-void execute(LayerArgs& a, const Kernel& kernel, const Problem& p, const Tensor& like) {
-  const int64_t min_rows = cpu_kernels().min_rows[int(kernel_dtype(p.cell.name, like.scalar_type()))];
+void execute(LayerArgs& a, const Kernel& kernel, int64_t gates, const std::vector<int64_t>& sizes, Dtype dtype) {
+  const int64_t min_rows = cpu_kernels().min_rows[int(dtype)];
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
-    a.plan = make_plan(p.steps, p.batch, p.input, p.hidden, p.output, p.cell.gates, p.directions,
-                       int64_t(like.element_size() < 4 ? 4 : like.element_size()), min_rows, threads);
-    std::vector<int64_t> bounds = cut_rows(p.sizes, p.batch, p.rows, a.plan.rows);
+    a.plan = make_plan(a.steps, a.batch, a.input, a.hidden, a.output, gates, a.directions,
+                       dtype == Dtype::kF64 ? 8 : 4, min_rows, threads);
+    std::vector<int64_t> bounds = cut_rows(sizes, a.batch, a.rows, a.plan.rows);
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
     a.row_bounds = bounds.data();
     a.barriers = barriers.data();
@@ -56,7 +57,8 @@ ForwardOutputs run_forward(Tensor x, Optional h0, Optional c0, Tensors weights, 
   a.h_n = data(h_n);
   a.c_n = lstm ? data(c_n) : nullptr;
   set_options(a, p, x, o, false, kUnitsOfFlow);
-  execute(a, cpu_kernels().forward[int(p.cell.cell)][int(kernel_dtype(cell, x.scalar_type()))], p, x);
+  const Dtype dtype = kernel_dtype(cell, x.scalar_type());
+  execute(a, cpu_kernels().forward[int(p.cell.cell)][int(dtype)], p.cell.gates, p.sizes, dtype);
   return {y, h_n, c_n, reserve};
 }
 
@@ -110,7 +112,8 @@ BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x
   a.dh0 = data(dh0);
   a.dc0 = lstm ? data(dc0) : nullptr;
   for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
-  execute(a, cpu_kernels().backward[int(p.cell.cell)][int(kernel_dtype(cell, x.scalar_type()))], p, x);
+  const Dtype dtype = kernel_dtype(cell, x.scalar_type());
+  execute(a, cpu_kernels().backward[int(p.cell.cell)][int(dtype)], p.cell.gates, p.sizes, dtype);
   return {dx, dh0, dc0, dweights};
 }
 
@@ -189,6 +192,33 @@ std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t h
   return {p.directions, p.rows, p.units};
 }
 }  // namespace
+
+void one_step(const OneStep& s) {
+  const CellInfo& cell = kCellInfos[s.cell];
+  const std::vector<int64_t> sizes{s.batch}, starts{0, s.batch};
+  LayerArgs a{};
+  a.steps = 1;
+  a.batch = a.rows = s.batch;
+  a.input = s.input;
+  a.hidden = s.hidden;
+  a.output = s.output;
+  a.directions = s.directions;
+  a.sizes = sizes.data();
+  a.starts = starts.data();
+  a.x = {s.x, s.batch * s.input, s.input, false};
+  a.h0 = s.h0;
+  a.c0 = s.c0;
+  const bool biased = s.per_direction >= 4, projected = s.per_direction % 2;
+  for (int64_t d = 0; d < s.directions; ++d) {
+    void* const* w = s.weights + d * s.per_direction;
+    a.weights[d] = {w[0], w[1], biased ? w[2] : nullptr, biased ? w[3] : nullptr,
+                    projected ? w[s.per_direction - 1] : nullptr};
+  }
+  a.y = s.y;
+  a.h_n = s.h_n;
+  a.c_n = s.c_n;
+  execute(a, cpu_kernels().forward[int(cell.cell)][s.dtype], cell.gates, sizes, Dtype(s.dtype));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
   m.impl("rnn_layer", TORCH_BOX(&forward));

@@ -1,0 +1,203 @@
+"""A layer's call with one step in inference: the short way gives what the usual one does, and steps aside for it."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqkern
+from seqkern import one_step
+
+I, H = 5, 19  # noqa: E741
+SETTINGS = {
+    "plain": {},
+    "no_bias": {"bias": False},
+    "stack": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True, "num_layers": 2},
+    "batch_first": {"batch_first": True},
+    "all": {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
+}
+KINDS = ("RNN", "relu", "LSTM", "GRU", "proj")
+
+
+def make(kind: str, **settings) -> nn.RNNBase:
+    torch.manual_seed(1)
+    if kind == "relu":
+        return seqkern.RNN(I, H, nonlinearity="relu", **settings)
+    if kind == "proj":
+        return seqkern.LSTM(I, H, proj_size=7, **settings)
+    return getattr(seqkern, kind)(I, H, **settings)
+
+
+def state(m: nn.RNNBase, *batch: int):
+    first = m.num_layers * (2 if m.bidirectional else 1)
+    dtype = m.weight_ih_l0.dtype
+    h = torch.randn(first, *batch, m.proj_size or m.hidden_size, dtype=dtype)
+    return (h, torch.randn(first, *batch, m.hidden_size, dtype=dtype)) if m.mode == "LSTM" else h
+
+
+def flat(results) -> list[torch.Tensor]:
+    y, last = results
+    return [y, *(last if isinstance(last, tuple) else (last,))]
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[bool]:
+    """Whether each call since took the short way."""
+    found, call = [], one_step.call
+    monkeypatch.setattr(one_step, "call", lambda *a: (found.append((r := call(*a)) is not None), r)[1])
+    return found
+
+
+def usual(monkeypatch, m, *arguments):
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(one_step, "call", lambda *_: None)
+        return flat(m(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gives_the_same(kind, settings, dtype, taken, monkeypatch):
+    m = make(kind, **SETTINGS[settings]).to(dtype)
+    for batch, given in itertools.product((1, 3, None), (True, False)):
+        shape = (1, I) if batch is None else (batch, 1, I) if m.batch_first else (1, batch, I)
+        x = torch.randn(shape, dtype=dtype)
+        hx = state(m, *([] if batch is None else [batch])) if given else None
+        kept = copy.deepcopy((x, hx))
+        with torch.inference_mode():
+            got = flat(m(x, hx))
+        assert taken.pop()
+        want = usual(monkeypatch, m, x, hx)
+        assert all(
+            a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True)
+        )
+        assert len({t.data_ptr() for t in got}) == len(got)
+        assert torch.equal(x, kept[0]) and (hx is None or all(map(torch.equal, flat((x, hx)), flat(kept))))
+
+
+@torch.no_grad()
+def test_weights_are_read_anew(taken, monkeypatch):
+    m, x = make("LSTM"), torch.randn(1, 2, I)
+    hx = state(m, 2)
+    changes = (
+        lambda: m.weight_hh_l0.mul_(2),
+        lambda: setattr(m.weight_ih_l0, "data", torch.randn(4 * H, I)),
+        lambda: setattr(m, "bias_hh_l0", nn.Parameter(torch.randn(4 * H))),
+        lambda: m.load_state_dict(seqkern.LSTM(I, H).state_dict()),
+        lambda: m.weight_hh_l0.copy_(torch.randn(4 * H, H)),
+    )
+    before = flat(m(x, hx))
+    for change in changes:
+        change()
+        got = flat(m(x, hx))
+        assert taken[-1] and not torch.equal(got[0], before[0])
+        assert all(map(torch.equal, got, usual(monkeypatch, m, x, hx)))
+        before = got
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_plain_goes_the_usual_way(kind, taken, monkeypatch):
+    m, x = make(kind, num_layers=2), torch.randn(1, 3, I)
+    cases = {
+        "more steps": (m, torch.randn(2, 3, I), None),
+        "strided input": (m, torch.randn(1, I, 3).transpose(1, 2), None),
+        "strided state": (m, x, state(m, 6)[:, ::2] if m.mode != "LSTM" else tuple(s[:, ::2] for s in state(m, 6))),
+        "dropout": (make(kind, num_layers=2, dropout=0.5), x, None),
+        "option": (make(kind, num_layers=2, zoneout=0.1), x, None),
+        "subclass": (m, torch.Tensor._make_subclass(_Sub, x), None),
+    }
+    for name, (layer, given, hx) in cases.items():
+        torch.manual_seed(2)
+        got = flat(layer(given, hx))
+        assert not (taken and taken.pop()), name
+        torch.manual_seed(2)
+        assert all(map(torch.equal, got, usual(monkeypatch, layer, given, hx))), name
+    strided = make(kind)
+    strided.weight_hh_l0 = nn.Parameter(strided.weight_hh_l0.t().contiguous().t())
+    assert all(map(torch.equal, flat(strided(x)), usual(monkeypatch, strided, x))) and not taken.pop()
+    normed = nn.utils.parametrizations.weight_norm(make(kind), "weight_hh_l0")
+    assert all(map(torch.equal, flat(normed(x)), usual(monkeypatch, normed, x))) and not taken.pop()
+
+
+class _Sub(torch.Tensor):
+    pass
+
+
+def test_gradients_are_not_lost(taken):
+    m, x = make("GRU"), torch.randn(1, 2, I, requires_grad=True)
+    m(x)[0].sum().backward()
+    assert taken == [False] and x.grad is not None and m.weight_ih_l0.grad is not None
+
+
+@torch.no_grad()
+def test_whoever_watches_operators_sees_one(taken):
+    m, x, seen = make("LSTM"), torch.randn(1, 2, I), []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Dispatch():
+        m(x)
+    assert any("rnn_layer" in name for name in seen)
+    with Function():
+        m(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(x)[0].dtype == torch.bfloat16
+    with torch.profiler.profile() as profile:
+        m(x)
+    assert any("rnn_layer" in event.key for event in profile.key_averages())
+    torch.func.vmap(lambda row: m(row)[0])(torch.randn(3, 1, 2, I))
+    assert taken and not any(taken)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_torchs(kind):
+    m = make(kind)
+    theirs = {"relu": lambda: nn.RNN(I, H, nonlinearity="relu"), "proj": lambda: nn.LSTM(I, H, proj_size=7)}
+    peer = theirs.get(kind, lambda: getattr(nn, kind)(I, H))()
+    wrong = [
+        (torch.randn(1, 2, I + 1), None),
+        (torch.randn(1, 2, I), state(m, 3)),
+        (torch.randn(1, I), state(m, 1)),
+        (torch.randn(1, 2, I).double(), None),
+        (torch.randn(1, 1, 2, I), None),
+    ]
+    for x, hx in wrong:
+        with pytest.raises(Exception) as expected:
+            peer(x, hx)
+        with pytest.raises(type(expected.value)):
+            m(x, hx)
+
+
+def test_in_threads_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    m, xs = make("LSTM", num_layers=2), torch.randn(64, 1, 2, I)
+
+    def one(x):
+        with torch.inference_mode():
+            return m(x)[0]
+
+    want = [one(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(one, xs), want))
+
+
+def test_the_extension_checks_the_count():
+    with pytest.raises(TypeError, match="one_step takes 15 to 23 numbers, got 3"):
+        one_step._C.one_step(1, 2, 3)
+    with pytest.raises(TypeError):
+        one_step._C.one_step(*["x"] * 15)
