@@ -69,18 +69,21 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
         " bool need_dx, bool need_dw, bool want_flow, Tensor? lengths=None, float clip_norm=0., bool tf32=False)"
         " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor flow)");
   // The recurrence alone, from projected inputs gx, with other cells than torch.nn's: seqkern/recurrence.py. read and
-  // reserve are what backward needs; its impl in Python takes dw_hh from what _recurrence_backward gives.
+  // reserve are what backward needs; its impl in Python takes dw_hh from what _recurrence_backward gives. lengths: CUDA's
+  // alone.
   m.def("recurrence(Tensor gx, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? batch_sizes, Tensor? keep,"
         " Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float clip_value, float clip_norm, str cell, int flags,"
-        " bool want_c, bool save)"
+        " bool want_c, bool save, Tensor? lengths=None, bool tf32=False)"
         " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor read, Tensor reserve)");
   m.def("recurrence_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, Tensor gx, Tensor? h0, Tensor? c0,"
         " Tensor[] params, Tensor? batch_sizes, Tensor? keep, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c,"
-        " float clip_value, float clip_norm, Tensor read, Tensor reserve, str cell, int flags)"
+        " float clip_value, float clip_norm, Tensor read, Tensor reserve, str cell, int flags,"
+        " Tensor? lengths=None, bool tf32=False)"
         " -> (Tensor dgx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
   m.def("_recurrence_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, Tensor gx, Tensor? h0,"
         " Tensor? c0, Tensor[] params, Tensor? batch_sizes, Tensor? keep, Tensor? h_mask, Tensor? zone_h,"
-        " Tensor? zone_c, float clip_value, float clip_norm, Tensor read, Tensor reserve, str cell, int flags)"
+        " Tensor? zone_c, float clip_value, float clip_norm, Tensor read, Tensor reserve, str cell, int flags,"
+        " Tensor? lengths=None, bool tf32=False)"
         " -> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor sums)");
   // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");

@@ -60,16 +60,24 @@ def _cpu_split(module: nn.Module, batch: int, time: int, cell: str) -> tuple[int
     return directions * rows * units, " x ".join(parts) or "not split"
 
 
-def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.dtype], device: torch.device) -> Plan:
-    """What the CUDA planner says of the module's first layer, forward and backward."""
+def _cuda_plan(
+    module: nn.Module, call: str, shape: tuple[int, int, str, torch.dtype], device: torch.device, special: str
+) -> Plan:
+    """What the CUDA planner says of the module's first layer, forward and backward.
+
+    special: options whose cells have kernels of their own, in words.
+    """
     batch, time, cell, dtype = shape
     if not torch.cuda.is_available():
         why = f"no kernel for device {device.type}: built for {build()['cuda_archs']}, but torch finds no GPU here"
         return Plan("reference", why, call)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    why = f"fused kernels for {cell} in {_short(dtype)} on {torch.cuda.get_device_name(index)}"
+    if special:
+        return Plan("cuda-step", f"{why}; {special}: the recurrence, step by step, and torch's products", call)
     bidirectional = getattr(module, "bidirectional", False)
     sizes = [time, batch, module.hidden_size, getattr(module, "proj_size", 0) or module.hidden_size]
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
-    index = torch.cuda.current_device() if device.index is None else device.index
     lines, engines = [], []
     arguments = (sizes, cell, _short(dtype), tf32, bidirectional)
     for name, backward in (("forward", False), ("backward", True)):
@@ -84,7 +92,6 @@ def _cuda_plan(module: nn.Module, call: str, shape: tuple[int, int, str, torch.d
                 f"{p['units_per_cta']} units, {p['shared_bytes'] / 1024:.0f} KiB of shared memory each"
             )
         lines.append(line)
-    why = f"fused kernels for {cell} in {_short(dtype)} on {torch.cuda.get_device_name(index)}"
     return Plan(f"cuda-{engines[0]}", why, call, split="\n".join(lines))
 
 
@@ -147,11 +154,12 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
         return Plan("reference", why, call)
     if device.type == "meta":
         return Plan("meta", "shapes only, nothing is computed", call)
+    special = options.by_rows(settings, device.type)
     if device.type == "cuda":
-        return _cuda_plan(module, call, (batch, time, cell, dtype), device)
+        return _cuda_plan(module, call, (batch, time, cell, dtype), device, special)
     isa = torch.ops.seqkern._cpu_isa()
     why = f"fused kernels for {cell} in {_short(dtype)}, compiled for {isa}"
-    if special := options.by_rows(settings):
+    if special:
         return Plan(f"cpu-{isa}", f"{why}; {special}: the recurrence, by rows of the batch, and torch's products", call)
     return Plan(f"cpu-{isa}", why, call, *_cpu_split(module, batch, time, cell))
 

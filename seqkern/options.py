@@ -43,16 +43,17 @@ class Settings:
 DEFAULT = Settings()
 
 
-def by_rows(settings: Settings | None) -> str:
-    """The options set that `recurrence` takes and the layers' own kernels do not, in words."""
+def by_rows(settings: Settings | None, device: str) -> str:
+    """The options set that `recurrence` takes and the device's layers do not, in words."""
     s = settings or DEFAULT
+    norms = s.grad_clip is not None and s.grad_clip[0] == "norm"
     found = {
         "layer_norm": s.layer_norm,
         "peephole": s.peephole,
         "coupled": s.coupled,
         "gate_activation='hard_sigmoid'": s.hard_sigmoid,
         "reset_after=False": s.reset_before,
-        "grad_clip of norms": s.grad_clip is not None and s.grad_clip[0] == "norm",
+        "grad_clip of norms": norms and device != "cuda",
     }
     return ", ".join(name for name, on in found.items() if on)
 
@@ -60,10 +61,7 @@ def by_rows(settings: Settings | None) -> str:
 def unfused(settings: Settings | None, device: str, projected: bool) -> str:
     """The options set that no kernel of the device, which has kernels, covers, in words; the empty string for none."""
     s = settings or DEFAULT
-    if device == "cuda":
-        cells = by_rows(replace(s, grad_clip=None))
-        return cells and f"{cells} on cuda"
-    rows = by_rows(s)
+    rows = by_rows(s, device)
     found = {
         rows + " with proj_size": bool(rows) and projected,
         "layer_norm with reset_after=False": s.layer_norm and s.reset_before,

@@ -1,4 +1,4 @@
-"""The recurrence of a layer on CPU kernels, from projected inputs: other cells than torch.nn's, and clipping by norm.
+"""The recurrence of a layer, from projected inputs: cells beyond torch.nn's and, on the CPU, clipping by norm.
 
 The layer is `linear` (and `layer_norm`) for the inputs of all steps, in torch, and then the operator
 `seqkern::recurrence`. Its arguments, all float32 or float64 (16-bit tensors are widened before and narrowed after):
@@ -8,7 +8,8 @@ The layer is `linear` (and `layer_norm`) for the inputs of all steps, in torch, 
     h0, c0: [D, B, H] or None.
     params: w_hh [D, G*H, H], then, where `flags` has their bit, bias_n [D, H] (BIAS_N), peephole [D, 3*H or 2*H]
         (PEEPHOLE), gain_h [D, G*H] and for the LSTM gain_c and bias_c [D, H] (NORMAL).
-    keep, h_mask, zone_h, zone_c, clip_value, clip_norm: as in `reference.Options`.
+    keep, h_mask, zone_h, zone_c, clip_value, clip_norm, lengths: as in `reference.Options`; lengths on CUDA alone.
+    tf32: whether CUDA may round the operands of W_hh h to TF32.
 
 Its results: y [T, B, D*H] or [N, D*H], h_n, c_n [D, B, H], with want_c c of every step, and with `save` what backward
 needs: read [D, N, H], h as each step read it, and the reserve, rows of what the cell computed.
@@ -21,12 +22,12 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from . import eager, functional, reference, watch
-from .ops import _library, second_derivatives
+from .ops import _library, second_derivatives, tf32_allowed
 from .reference import Extra, Options
 
-# As in csrc/cpu/recurrence_ops.cpp.
+# As in csrc/core/recurrence_problem.h.
 COUPLED, HARD, RESET_BEFORE, NORMAL, PEEPHOLE, BIAS_N = (1 << bit for bit in range(6))
-MASKS = ("keep", "h_mask", "zone_h", "zone_c")
+MASKS = ("keep", "h_mask", "zone_h", "zone_c", "lengths")
 
 recurrence = torch.ops.seqkern.recurrence.default
 recurrence_backward = torch.ops.seqkern.recurrence_backward.default
@@ -35,12 +36,14 @@ recurrence_backward = torch.ops.seqkern.recurrence_backward.default
 def covers(sequence: Sequence[Tensor | None], weights: Sequence[Tensor], bidirectional: bool, o: Options) -> bool:
     """Whether the operator does all of `o`; the reference does the rest."""
     x, per_direction = sequence[0], len(weights) // (2 if bidirectional else 1)
-    if x.device.type not in ("cpu", "meta") or not functional.has_kernel(x.device, x.dtype) or watch.listening():
+    if not functional.has_kernel(x.device, x.dtype) or watch.listening():
+        return False
+    if o.lengths is not None and not functional.takes_lengths(x.device):
         return False
     if o.keep is not None and o.keep.requires_grad and torch.is_grad_enabled():
         return False
     projected, normal = per_direction in (3, 5), any(e.gain_h is not None for e in o.extra)
-    return o.lengths is None and not projected and not (o.reset_before and normal)
+    return not projected and not (o.reset_before and normal)
 
 
 def layer(
@@ -64,7 +67,7 @@ def layer(
         masks = [None if m is None else m.to(wide) for m in (o.keep, o.h_mask, o.zone_h, o.zone_c)]
         save = torch.is_grad_enabled() and functional.wants_grad((x, h0, c0), (*params, *weights))
         gx = _project(cell, x, groups, extra, o)
-        numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save)
+        numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save, o.lengths, tf32_allowed(x))
         results = eager.call(_FORMULA, gx, h0, c0, params, (batch_sizes, *masks, *numbers), save)[:4]
         return tuple(t.to(dtype) for t in results)
 
@@ -111,7 +114,10 @@ def _project(cell: str, x: Tensor, groups, extra, o: Options) -> Tensor:
 
 
 @torch.library.register_fake("seqkern::recurrence")
-def _(gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, clip_norm, cell, flags, want_c, save):
+def _(
+    gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, clip_norm, cell, flags, want_c, save,
+    lengths=None, tf32=False,
+):  # fmt: skip
     directions, width, hidden = params[0].shape
     leading = gx.shape[:-1]
     if batch_sizes is None:
@@ -139,22 +145,23 @@ def _saved(cell: str, flags: int, width: int, hidden: int) -> int:
 
 
 def _setup(ctx, inputs, output):
-    gx, h0, c0, params, batch_sizes, *masks, ctx.clip_value, ctx.clip_norm, ctx.cell, ctx.flags, want_c, _ = inputs
+    gx, h0, c0, params, batch_sizes, *masks, ctx.clip_value, ctx.clip_norm, ctx.cell, ctx.flags, want_c, _ = inputs[:15]
+    lengths, ctx.tf32 = inputs[15:]
     lstm = ctx.cell == "lstm"
     _, _, c_n, c_all, read, reserve = output
     ctx.mark_non_differentiable(read, reserve, *([] if lstm else [c_n]), *([] if lstm and want_c else [c_all]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gx, h0, c0, batch_sizes, *masks, read, reserve, *params)
+    ctx.save_for_backward(gx, h0, c0, batch_sizes, *masks, read, reserve, lengths, *params)
 
 
 def _gradients(ctx, saved, needed, dy, dh_n, dc_n, dc_all, *_):
-    gx, h0, c0, batch_sizes, *masks, read, reserve = saved[:10]
+    gx, h0, c0, batch_sizes, *masks, read, reserve, lengths = saved[:11]
     need_gx, need_h0, need_c0, need_params = needed
     if dy is None and dh_n is None and dc_n is None and dc_all is None:
         return None, None, None, [None] * len(need_params)
     dgx, dh0, dc0, dparams = recurrence_backward(
-        dy, dh_n, dc_n, dc_all, gx, h0, c0, list(saved[10:]), batch_sizes, *masks, ctx.clip_value, ctx.clip_norm,
-        read, reserve, ctx.cell, ctx.flags,
+        dy, dh_n, dc_n, dc_all, gx, h0, c0, list(saved[11:]), batch_sizes, *masks, ctx.clip_value, ctx.clip_norm,
+        read, reserve, ctx.cell, ctx.flags, lengths, ctx.tf32,
     )  # fmt: skip
     states = [g if n else None for g, n in zip((dgx, dh0, dc0), (need_gx, need_h0, need_c0), strict=True)]
     return *states, [g if n else None for g, n in zip(dparams, need_params, strict=True)]
@@ -164,15 +171,16 @@ _FORMULA = eager.Formula(recurrence, _setup, _gradients)
 _FORMULA.register("seqkern::recurrence")
 
 
-def _backward_on_cpu(
+def _backward(
     dy, dh_n, dc_n, dc_all, gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, clip_norm,
-    read, reserve, cell, flags,
+    read, reserve, cell, flags, lengths=None, tf32=False,
 ):  # fmt: skip
     inputs = (gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, clip_norm)
     if reserve.numel() == 0:  # forward kept nothing: run it again
-        read, reserve = recurrence(*inputs, cell, flags, False, True)[4:]
+        read, reserve = recurrence(*inputs, cell, flags, False, True, lengths, tf32)[4:]
     cotangents = (dy, dh_n, dc_n, dc_all)
-    dgx, dgh, dh0, dc0, sums = torch.ops.seqkern._recurrence_backward(*cotangents, *inputs, read, reserve, cell, flags)
+    more = (read, reserve, cell, flags, lengths, tf32)
+    dgx, dgh, dh0, dc0, sums = torch.ops.seqkern._recurrence_backward(*cotangents, *inputs, *more)
     directions, width, hidden = params[0].shape
     if dgh.numel() == 0:
         dgh = dgx.view(-1, directions, width).transpose(0, 1)
@@ -198,13 +206,14 @@ def _times_mask(read: Tensor, h_mask: Tensor | None, batch_sizes: Tensor | None)
     return (read.view(directions, -1, batch, hidden) * h_mask.unsqueeze(1)).view_as(read)
 
 
-_library.impl("recurrence_backward", _backward_on_cpu, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("recurrence_backward", _backward, _key)
 
 
 @torch.library.register_fake("seqkern::recurrence_backward")
 def _(
     dy, dh_n, dc_n, dc_all, gx, h0, c0, params, batch_sizes, keep, h_mask, zone_h, zone_c, clip_value, clip_norm,
-    read, reserve, cell, flags,
+    read, reserve, cell, flags, lengths=None, tf32=False,
 ):  # fmt: skip
     directions, _, hidden = params[0].shape
     states = [t for t in (h0, c0, dh_n, dc_n) if t is not None]
@@ -219,21 +228,21 @@ def _(
 
 def _double_setup(ctx, inputs, output):
     *cotangents, gx, h0, c0, params, batch_sizes = inputs[:9]
-    ctx.clip_value, ctx.clip_norm, _, _, ctx.cell, ctx.flags = inputs[13:]
+    ctx.clip_value, ctx.clip_norm, _, _, ctx.cell, ctx.flags, lengths, _ = inputs[13:]
     ctx.need_dx, ctx.need_dw, ctx.count = True, True, len(params)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*cotangents, gx, h0, c0, batch_sizes, *inputs[9:13], *params)
+    ctx.save_for_backward(*cotangents, gx, h0, c0, batch_sizes, *inputs[9:13], lengths, *params)
 
 
 def _double_backward(ctx, *second: Tensor | list[Tensor] | None):
     saved = ctx.saved_tensors
-    cotangents, (gx, h0, c0, batch_sizes, *masks), params = saved[:4], saved[4:12], list(saved[12:])
+    cotangents, (gx, h0, c0, batch_sizes, *masks), params = saved[:4], saved[4:13], list(saved[13:])
 
     def layer(gx, h0, c0, params):
         return by_reference(gx, (h0, c0), params, batch_sizes, masks, (ctx.clip_value, ctx.clip_norm), ctx)
 
     grads = second_derivatives(ctx, second, layer, cotangents, (gx, h0, c0, *params))
-    return (*grads[:7], grads[7:], *[None] * 11)
+    return (*grads[:7], grads[7:], *[None] * (len(ctx.needs_input_grad) - 8))
 
 
 def by_reference(gx, states, params, batch_sizes, masks, clips, how) -> Sequence[Tensor]:

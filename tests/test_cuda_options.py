@@ -10,7 +10,7 @@ from cuda_checks import tf32
 from loops import call, gradients, make, state
 
 import seqkern
-from seqkern import functional, masks
+from seqkern import functional, masks, recurrence
 
 T, B, I, H = 9, 6, 5, 12  # noqa: E741
 LENGTHS = [3, 0, 9, 1, 4, 9]
@@ -57,6 +57,42 @@ def test_as_on_the_cpu(kind, settings, lengths, resets, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+VARIANTS = {
+    "lstm-layer_norm": ("LSTM", {"layer_norm": True}),
+    "lstm-all": ("LSTM", {"coupled": True, "peephole": True, "layer_norm": True, "zoneout": (0.3, 0.2)}),
+    "lstm-clip_norm": ("LSTM", {"peephole": True, "gate_activation": "hard_sigmoid", "grad_clip": ("norm", 0.3)}),
+    "gru-layer_norm": ("GRU", {"layer_norm": True, "recurrent_dropout": 0.3, "weight_dropout": 0.2}),
+    "gru-reset_before": ("GRU", {"reset_after": False, "recurrent_dropout": 0.3, "grad_clip": 0.3}),
+    "gru-hard": ("GRU", {"gate_activation": "hard_sigmoid", "recompute": 4}),
+}
+
+
+@pytest.mark.parametrize("lengths, resets", [(None, False), (LENGTHS, True)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_cells_as_on_the_cpu(variant, lengths, resets, monkeypatch):
+    kind, settings = VARIANTS[variant]
+    for want, got in both(monkeypatch, kind, torch.float64, lengths, resets, **settings):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    with tf32(False):
+        for want, got in both(monkeypatch, kind, torch.float32, lengths, resets, **settings):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_cells_repeat_and_take_wide_rows(variant, monkeypatch):
+    """More units than a block has threads; the same to the bit, and as the reference within float32's rounding."""
+    kind, settings = VARIANTS[variant]
+    torch.manual_seed(4)
+    m = make(kind, I, 300, dtype=torch.float32, bidirectional=True, device="cuda", **settings).eval()
+    x = torch.randn(4, 37, I, device="cuda")
+    with tf32(False):
+        found = [gradients(call(m, x), list(m.parameters())) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        monkeypatch.setattr(recurrence, "covers", lambda *_: False)
+        for got, want in zip(found[0], gradients(call(m, x), list(m.parameters())), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1.0, want.abs().max().item()))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_float32(kind, monkeypatch):
     with tf32(False):
@@ -101,6 +137,11 @@ def test_explain():
     layer = seqkern.LSTM(64, 256, zoneout=0.1, device="cuda", dtype=torch.bfloat16)
     plan = seqkern.explain(layer, batch=16, time=50)
     assert plan.engine == "cuda-step" and "options" in str(plan)
+
+
+def test_explain_other_cells():
+    plan = seqkern.explain(seqkern.GRU(8, 8, reset_after=False, device="cuda"), batch=4, time=5)
+    assert plan.engine == "cuda-step" and "reset_after=False: the recurrence" in str(plan)
 
 
 def test_gradient_flow():

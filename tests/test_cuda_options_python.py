@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern import functional, masks
+from seqkern.recurrence import NORMAL
+from seqkern.reference import Extra
 
 T, B, I, H = 6, 4, 3, 8  # noqa: E741
 LENGTHS = [3, 0, 6, 1]
@@ -73,10 +75,11 @@ def test_as_on_the_cpu(kind, settings, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, b.abs().max().item()))
 
 
+@pytest.mark.parametrize("settings", [{}, {"layer_norm": True}, {"gate_activation": "hard_sigmoid"}])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_derivatives(as_cuda, kind):
+def test_derivatives(as_cuda, kind, settings):
     """The first by the kernels, the second by the reference."""
-    m = make(kind, 2, 2, bidirectional=True, grad_clip=100.0, zoneout=0.3)
+    m = make(kind, 2, 2, bidirectional=True, grad_clip=100.0, zoneout=0.3, **settings)
     x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def function(x, *hx):
@@ -157,6 +160,15 @@ def test_lengths_and_resets_are_not_read_by_the_host(fake, kind):
         assert arguments["keep"].shape == (T * B,) and arguments["keep"].dtype == torch.float32
 
 
+def test_layer_norm_goes_to_the_recurrence(fake):
+    extra = [Extra(None, *(torch.empty(n, device="cuda") for n in (4 * H, 4 * H, H, H)))]
+    lengths = torch.empty(B, dtype=torch.int64, device="cuda")
+    y, _ = fake_call("lstm", 1, 1, lengths=lengths, layer_norm=True, extra=extra)
+    assert fake.names() == ["recurrence"] and y.shape == (T, B, H)
+    arguments = fake.seen[0][1]
+    assert arguments["lengths"].device.type == "cuda" and arguments["tf32"] and arguments["flags"] == NORMAL
+
+
 @pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
 def test_a_plain_call_stays_plain(fake, kind):
     fake_call(kind, 1, 1)
@@ -166,13 +178,15 @@ def test_a_plain_call_stays_plain(fake, kind):
 @pytest.mark.parametrize(
     "options, left",
     [
-        ({"layer_norm": True, "grad_clip": ("norm", 1.0)}, "layer_norm on cuda"),
-        ({"peephole": True, "zoneout": 0.1}, "peephole on cuda"),
+        ({"layer_norm": True, "grad_clip": ("norm", 1.0)}, ""),
+        ({"peephole": True, "proj_size": 3}, "peephole with proj_size"),
+        ({"grad_clip": ("norm", 1.0), "proj_size": 3}, ""),
         ({"zoneout": 0.1, "recurrent_dropout": 0.2, "grad_clip": ("norm", 1.0), "recompute": 3}, ""),
     ],
 )
 def test_what_is_left_to_the_reference(options, left):
-    assert seqkern.options.unfused(seqkern.LSTM(I, H, **options)._settings, "cuda", False) == left
+    projected = "proj_size" in options
+    assert seqkern.options.unfused(seqkern.LSTM(I, H, **options)._settings, "cuda", projected) == left
 
 
 def test_options_of_each_pass():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from cuda_checks import forced, run, tf32
+from loops import call, gradients, make
 
 NAMES = ("h_tail-lstm", "h_tail-rnn_tanh", "packed_bidirectional-gru", "proj_bidirectional-lstm")
 SMALL = [*(CASES[name] for name in NAMES), Case("watched-lstm", "lstm", T=4, B=20, H=64)]
@@ -16,3 +17,17 @@ def test_runs(case, dtype, engine):
     with forced(engine), tf32(True):
         found = run(case, dtype)
     assert all(t.isfinite().all() for t in found.values())
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("LSTM", {"layer_norm": True, "peephole": True, "grad_clip": ("norm", 1.0)}),
+        ("GRU", {"reset_after": False}),
+        ("GRU", {"layer_norm": True}),
+    ],
+)
+def test_other_cells(kind, settings):
+    m = make(kind, 3, 70, dtype=torch.float32, bidirectional=True, device="cuda", **settings)
+    found = call(m, torch.randn(4, 3, 3, device="cuda"), lengths=torch.tensor([4, 0, 2]))
+    assert all(t.isfinite().all() for t in gradients(found, list(m.parameters())))

@@ -123,8 +123,8 @@ struct Variant {
   bool coupled, hard, reset_before, normal, peephole;
   // A row of the reserve: what the cell saves, then the normalised product and the factor that made it so. In whole
   // lines: a store across two of them takes twice as long.
-  int64_t saved(Cell cell) const { return cell == Cell::kLstm ? 6 : cell == Cell::kGru ? 4 : 1; }
-  int64_t row(Cell cell, int64_t gates, int64_t hidden) const {
+  constexpr int64_t saved(Cell cell) const { return cell == Cell::kLstm ? 6 : cell == Cell::kGru ? 4 : 1; }
+  constexpr int64_t row(Cell cell, int64_t gates, int64_t hidden) const {
     constexpr int64_t kLine = 16;
     return saved(cell) * hidden + (normal ? (gates * hidden + kLine) / kLine * kLine : 0);
   }

@@ -71,6 +71,19 @@ Error layer_backward(const LayerCall&, char* workspace, Stream, void* blas);
 Error query_device(Device*);
 Error fill_mask(Dtype, const Random&, Stream);
 
+// ---- variant.cu
+
+// seqkern::recurrence. In `args` every pointer but sizes and starts is on the device; packed is not used.
+struct VariantCall {
+  RecurrenceArgs args;
+  Dtype dtype;  // float64 or float32
+  bool tf32, packed;
+  int64_t sums_size;
+  void* sums;  // backward: [B, D, S], zeros, where the gradients of the parameters besides w_hh are added
+};
+int64_t variant_workspace(const VariantCall&, bool backward);  // bytes
+Error variant_pass(const VariantCall&, bool backward, char* workspace, Stream, void* blas);
+
 // ---- scan.cu
 
 int64_t scan_workspace(const ScanArgs&, Dtype, int sms);  // bytes

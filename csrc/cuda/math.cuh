@@ -34,6 +34,11 @@ SK_MATH double tanh_(double x) { return tanh(x); }
 SK_MATH float root(float x) { return sqrtf(x); }
 SK_MATH double root(double x) { return sqrt(x); }
 template <class V> SK_MATH V relu(V x) { return x < V(0) ? V(0) : x; }  // written so that a NaN passes
+// clamp(x / 6 + 1/2, 0, 1); a NaN passes
+template <class V> SK_MATH V hard_sigmoid(V x) {
+  const V y = x * V(1. / 6) + V(0.5);
+  return y < V(0) ? V(0) : y > V(1) ? V(1) : y;
+}
 template <class V> SK_MATH V positive(V x) { return x > V(0) ? V(1) : V(0); }
 
 }}}  // namespace seqkern::SK_NS

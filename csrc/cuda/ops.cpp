@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../core/layer_options.h"
+#include "../core/recurrence_problem.h"
 #include "../core/scan_problem.h"
 #include "launch.h"
 #include "planner.h"
@@ -280,6 +281,55 @@ std::tuple<Tensor, Tensor> scan_backward(Tensor dh, Tensor p, Optional h0, Optio
   return {dp, dh0};
 }
 
+void check_devices(const std::string& cell, const RecurrenceInputs& in) {
+  check_devices(cell, in.gx, {&in.h0, &in.c0, &in.keep, &in.h_mask, &in.zone_h, &in.zone_c, &in.lengths}, in.params);
+}
+// sums: backward's.
+void run_recurrence(const RecurrenceProblem& problem, bool tf32, const Tensor* sums) {
+  const RecurrenceInputs& in = problem.in;
+  const int index = in.gx.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const VariantCall call{problem.args,
+                         kernel_dtype(in.cell, in.gx.scalar_type()),
+                         tf32,
+                         problem.p.packed,
+                         problem.parameter_size,
+                         sums ? data(*sums) : nullptr};
+  const bool backward = sums != nullptr;
+  const Tensor workspace = torch::stable::new_empty(in.gx, {variant_workspace(call, backward)}, ScalarType::Byte);
+  const Current now(in.cell, index);
+  const Error error = variant_pass(call, backward, (char*)data(workspace), now.stream, now.blas);
+  STD_TORCH_CHECK(!error, in.cell, ": the recurrence on cuda:", index, " failed: ", error);
+}
+
+RecurrenceResults recurrence(Tensor gx, Optional h0, Optional c0, Tensors params, Optional batch_sizes, Optional keep,
+                             Optional h_mask, Optional zone_h, Optional zone_c, double clip_value, double clip_norm,
+                             std::string cell, int64_t flags, bool want_c, bool save, Optional lengths, bool tf32) {
+  const RecurrenceInputs in{gx,     h0,     c0,         params,    batch_sizes, keep,  h_mask,
+                            zone_h, zone_c, clip_value, clip_norm, cell,        flags, lengths};
+  check_devices(cell, in);
+  RecurrenceProblem problem(in);
+  RecurrenceResults results = problem.results(want_c, save);
+  if (problem.p.rows) run_recurrence(problem, tf32, nullptr);
+  return results;
+}
+
+RecurrenceGradients recurrence_backward(Optional dy, Optional dh_n, Optional dc_n, Optional dc_all, Tensor gx,
+                                        Optional h0, Optional c0, Tensors params, Optional batch_sizes, Optional keep,
+                                        Optional h_mask, Optional zone_h, Optional zone_c, double clip_value,
+                                        double clip_norm, Tensor read, Tensor reserve, std::string cell, int64_t flags,
+                                        Optional lengths, bool tf32) {
+  const RecurrenceInputs in{gx,     h0,     c0,         params,    batch_sizes, keep,  h_mask,
+                            zone_h, zone_c, clip_value, clip_norm, cell,        flags, lengths};
+  check_devices(cell, in);
+  check_devices(cell, gx, {&dy, &dh_n, &dc_n, &dc_all}, {read, reserve});
+  RecurrenceProblem problem(in);
+  RecurrenceCotangents given{dy, dh_n, dc_n, dc_all, read, reserve};
+  RecurrenceGradients gradients = problem.gradients(given, problem.p.batch);
+  if (problem.p.rows) run_recurrence(problem, tf32, &std::get<4>(gradients));
+  return gradients;
+}
+
 // JSON. `sizes`: T, B, H, P.
 std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
                  bool backward, int64_t device, bool options) {
@@ -297,9 +347,9 @@ std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype
   };
   return "{\"engine\": \"" + std::string(engine_name(p.engine)) + "\", \"why\": \"" + p.why + "\"" +
          field("directions", p.directions) + field("tiles", p.tiles) + field("batch_tile", p.batch_tile) +
-         field("ctas", p.ctas) + field("units_per_cta", p.units_per_cta) +
-         field("rows_per_thread", p.rows_per_thread) + field("threads", p.threads) +
-         field("shared_bytes", p.shared_bytes) + field("workspace_bytes", p.workspace_bytes) + "}";
+         field("ctas", p.ctas) + field("units_per_cta", p.units_per_cta) + field("rows_per_thread", p.rows_per_thread) +
+         field("threads", p.threads) + field("shared_bytes", p.shared_bytes) +
+         field("workspace_bytes", p.workspace_bytes) + "}";
 }
 }  // namespace
 
@@ -308,6 +358,8 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
   m.impl("rnn_layer_backward", TORCH_BOX(&backward));
   m.impl("option_layer", TORCH_BOX(&option_forward));
   m.impl("option_layer_backward", TORCH_BOX(&option_backward));
+  m.impl("recurrence", TORCH_BOX(&recurrence));
+  m.impl("_recurrence_backward", TORCH_BOX(&recurrence_backward));
   m.impl("_bernoulli", TORCH_BOX(&bernoulli));
   m.impl("scan", TORCH_BOX(&scan_forward));
   m.impl("scan_backward", TORCH_BOX(&scan_backward));

@@ -16,6 +16,7 @@ SK_PART void bind_simt(py::module_& m);
 SK_PART void bind_grid(py::module_& m);
 SK_PART void bind_step(py::module_& m);
 SK_PART void bind_scan(py::module_& m);
+SK_PART void bind_recurrence(py::module_& m);
 
 }}  // namespace seqkern::testing
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(SK_MODULE, m) {
   if (bind_grid) bind_grid(m);
   if (bind_step) bind_step(m);
   if (bind_scan) bind_scan(m);
+  if (bind_recurrence) bind_recurrence(m);
 }
