@@ -1,6 +1,7 @@
 // The forward pass of a layer: for each direction, chunks of time steps small enough that the projected inputs of a
 // chunk stay in cache; in a chunk one product for the input projection, then step by step the recurrent product with
-// the cell on its tiles. With a projection (LSTM) a second product per step takes the cell's output down to P.
+// the cell on its tiles. Where a cell only adds the two products and the weights lie near, they are one: `joins`. With a
+// projection (LSTM) a second product per step takes the cell's output down to P.
 #pragma once
 #include "../core/cells.h"
 #include "direct.h"
@@ -26,7 +27,7 @@ template <class C, class S> struct Forward {
   static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = 3 << 19;
 
   const LayerArgs& a;
-  bool direct_x, direct_h, tiles_x, tiles_h;
+  bool direct_x, direct_h, tiles_x, tiles_h, joint;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows, pass_rows;
 
   // Shared by the threads of a direction.
@@ -65,16 +66,26 @@ template <class C, class S> struct Forward {
                (a.rows <= kDirectRows || a.output * ceil_div(panels, a.plan.units) * kColumns * packed_bytes > kDirectBytes);
     tiles_x = !direct_x && use_tiles<S>(chunk_rows);
     tiles_h = !direct_h && use_tiles<S>(most);
+    joint = joins(most);
+    if (joint) ldh = ceil_div(a.output + a.input, 32) * 32 + 32;
     const Rows<S> x{nullptr, ldx, tiles_x};
     pass_rows = bytes > kLeastChunk ? chunk_rows : kLeastPass / (x.row() * x.element_bytes(tiles_x));
     pass_rows = min64(chunk_rows, max64(pass_rows / kTilePad, 1) * kTilePad);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
+  // Whether [h x] [W_hh W_ih] is one product, step by step: the sums of a step's inputs are neither stored nor read, and a
+  // tile is begun and ended once for both. W_ih is then read at every step: from L2, or by enough rows to hide it.
+  bool joins(int64_t most) const {
+    constexpr int64_t kManyRows = 12, kNear = 3 << 18, kFar = 3 << 20;
+    const int64_t bytes = (a.input + a.output) * ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(A));
+    return C::kCarry != Carry::kHidden && !projected() && !direct_x && !direct_h && !tiles_x && !tiles_h &&
+           a.hidden % (kWidth * kBlocks) == 0 && bytes <= (most < kManyRows ? kNear : kFar);
+  }
 
   Shared shared(Arena& m) const {
     Shared s;
-    s.w_ih = m.panels<S>(direct_x ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
-    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output, kVectors, tiles_h, a.plan.units);
+    s.w_ih = m.panels<S>(direct_x || joint ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
+    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output + (joint ? a.input : 0), kVectors, tiles_h, a.plan.units);
     s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h, a.plan.units);
     s.b_ih = m.take<Acc>(panels * kColumns);
     s.b_hh = m.take<Acc>(panels * kColumns);
@@ -85,8 +96,8 @@ template <class C, class S> struct Forward {
   }
   Own own(Arena& m) const {
     Own o;
-    o.x = m.rows<S>(pass_rows, ldx, tiles_x);
-    o.gx = m.take<Acc>(chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
+    o.x = m.rows<S>(joint ? 0 : pass_rows, ldx, tiles_x);
+    o.gx = m.take<Acc>(joint ? kColumns : chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
     return o;
   }
   static int64_t scratch(const LayerArgs& args) {
@@ -122,10 +133,12 @@ template <class C, class S> struct Forward {
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     Range p = part(panels, me.in_direction(), me.direction_size());
-    if (!direct_x) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
-    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, p.begin, p.end);
+    if (!direct_x && !joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
+    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, p.begin, p.end, 0, a.output);
+    if (joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_hh, p.begin, p.end, a.output, a.input);
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
     pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
+    for (int64_t i = p.begin * kColumns; joint && i < p.end * kColumns; ++i) s.b_hh[i] += s.b_ih[i];
     Range q = part(out_panels, me.in_direction(), me.direction_size());
     for (int64_t i = q.begin; i < q.end; ++i)
       for (int v = 0; v < kWide; ++v) {
@@ -162,14 +175,16 @@ template <class C, class S> struct Forward {
     pack(me, d, s);
     int64_t entered = rows_of(0);
     if (me.unit_part == 0) enter(d, s, 0, dir.time(0), b0, entered);
+    if (me.unit_part == 0) join(dir, s, 0, b0, entered);
     me.meet_direction();
+    for (int64_t j = 0; joint && j < kColumns; ++j) o.gx[j] = 0;
     for (int64_t i0 = 0; i0 < a.steps; i0 += chunk) {
       const int64_t i1 = min64(i0 + chunk, a.steps);
-      project(dir, o, s, i0, i1, b0, b1, p);
+      if (!joint) project(dir, o, s, i0, i1, b0, b1, p);
       int64_t row = 0;  // of the chunk's dense rows
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t end = rows_of(i), n = end - b0;
-        step(dir, s, i, b0, end, p, o.gx + row * (p.end - p.begin) * kColumns);
+        step(dir, s, i, b0, end, p, joint ? o.gx : o.gx + row * (p.end - p.begin) * kColumns);
         if (projected()) {
           me.meet_units();
           output(dir, s, i, b0, end, q);
@@ -180,6 +195,7 @@ template <class C, class S> struct Forward {
           if (me.unit_part == 0) enter(d, s, (i + 1) & 1, dir.time(i + 1), entered, next);
           entered = next;
         }
+        if (me.unit_part == 0) join(dir, s, i + 1, b0, next);
         me.meet_units();
       }
     }
@@ -233,7 +249,17 @@ template <class C, class S> struct Forward {
     h = math.mix(math.zone_h(t, b, j, lanes), old, h);
   }
 
-  // The i-th step of rows [b0, end): recurrent product and cell, in the panels p.
+  // The inputs of the i-th step, if there is one, beside the states that it reads.
+  void join(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end) const {
+    for (int64_t b = b0; joint && i < a.steps && b < end; ++b) {
+      const S* x = at<const S>(a.x, a, dir.time(i), b);
+      for (int64_t j = 0; j < a.input; j += kWidth)
+        s.h[i & 1].put(load(x + j, a.input - j), b, a.output + j, a.input - j);
+    }
+  }
+
+  // The i-th step of rows [b0, end): recurrent product and cell, in the panels p. gx: of these rows, or, where the
+  // product is joint, zeros.
   void step(const Direction& dir, const Shared& s, int64_t i, int64_t b0, int64_t end, Range p, const Acc* gx) const {
     const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
     const Rows<S>& next = projected() ? s.full : s.h[(i + 1) & 1];
@@ -241,7 +267,7 @@ template <class C, class S> struct Forward {
     auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
       for (int r = 0; r < n; ++r) {
         const int64_t b = b0 + r0 + r;
-        const Acc* gx_row = gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
+        const Acc* gx_row = joint ? gx : gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
         for (int u = 0; u < kBlocks; ++u) {
           const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
           if (lanes <= 0) break;

@@ -315,14 +315,20 @@ SK_INL void pack_transposed(const S* w, int64_t ld, int64_t n, int64_t k, A* to,
         }
   }
 }
-// Vector v of panel p of `to`: column i is the row of w at w + i * ld, for i < n.
-template <class S> SK_INL void pack_columns(const S* w, int64_t ld, int64_t n, const Panels<S>& to, int64_t p, int v) {
+// Vector v of panel p of `to`: column i is the row of w at w + i * ld, for i < n; k elements of it, in the panel's rows
+// from `at`. The tile unit's panels are packed as a whole.
+template <class S>
+SK_INL void pack_columns(const S* w, int64_t ld, int64_t n, const Panels<S>& to, int64_t p, int v, int64_t at, int64_t k) {
 #ifdef SK_AMX
   if constexpr (kParts<S> > 0)
     if (to.tiles) return pack_tile_columns(w, ld, n, to.k, v, to.tile_panel(p));
 #endif
   using A = typename OperandOf<S>::Type;
-  pack_transposed(w, ld, n, to.k, to.panel(p) + v * to.kWidth * kPair<A>, int64_t(to.vectors) * to.kWidth);
+  const int64_t columns = int64_t(to.vectors) * to.kWidth;
+  pack_transposed(w, ld, n, k, to.panel(p) + at * columns + v * to.kWidth * kPair<A>, columns);
+}
+template <class S> SK_INL void pack_columns(const S* w, int64_t ld, int64_t n, const Panels<S>& to, int64_t p, int v) {
+  pack_columns(w, ld, n, to, p, v, 0, to.k);
 }
 
 // Row k of a panel from `columns` consecutive elements (n of them there, the rest zero).

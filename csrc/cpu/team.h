@@ -138,14 +138,18 @@ template <class S> SK_INL S* at(const Sequence& s, const LayerArgs& a, int64_t t
 template <class C> constexpr int kUnitBlocks = C::kGates == 1 ? kWide : 1;
 template <class C> constexpr int kCellVectors = C::kGates * kUnitBlocks<C>;
 
-// Weights [G*H, k] of the forward products, in a cell's panels [first, last).
-template <class C, class S> void pack_gates(const S* w, int64_t hidden, const Panels<S>& to, int64_t first, int64_t last) {
+// Weights [G*H, k] of the forward products, in a cell's panels [first, last); in their rows from `at`, which is 0 or even.
+template <class C, class S>
+void pack_gates(const S* w, int64_t hidden, const Panels<S>& to, int64_t first, int64_t last, int64_t at, int64_t k) {
   for (int64_t p = first; p < last; ++p)
     for (int u = 0; u < kUnitBlocks<C>; ++u)
       for (int g = 0; g < C::kGates; ++g) {
         const int64_t j = (p * kUnitBlocks<C> + u) * to.kWidth;
-        pack_columns(w + (g * hidden + j) * to.k, to.k, max64(0, min64(to.kWidth, hidden - j)), to, p, u * C::kGates + g);
+        pack_columns(w + (g * hidden + j) * k, k, max64(0, min64(to.kWidth, hidden - j)), to, p, u * C::kGates + g, at, k);
       }
+}
+template <class C, class S> void pack_gates(const S* w, int64_t hidden, const Panels<S>& to, int64_t first, int64_t last) {
+  pack_gates<C>(w, hidden, to, first, last, 0, to.k);
 }
 // Bias [G*H] in the same order; null gives zeros.
 template <class C, class S, class Acc>
