@@ -8,6 +8,9 @@ Both sides run forward and backward in turn (A B B A) on the same weights and in
 the outputs are compared first. A line holds case, peer, the shape, ms and peer_ms, ratio = peer / seqkern time (median
 over the rounds) with the interval of that median, clock, load, and the machine. --cpu-time counts the process's time on
 the CPU, not the wall clock's: for one thread on a machine with other work.
+
+With --device cuda all products may round to TF32, times are between CUDA events, and where both sides can be captured a line also holds graph_ms,
+graph_peer_ms and graph_ratio, of replays as CUDA graphs: a loop's launches cost next to nothing there.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from torch.nn.functional import layer_norm, linear  # noqa: E402
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
 
 import seqkern  # noqa: E402
-from bench import machine, timing  # noqa: E402
+from bench import gpu, machine, timing  # noqa: E402
 
 LAYERS = {"lstm": seqkern.LSTM, "gru": seqkern.GRU, "rnn": seqkern.RNN}
 Function = Callable[[Tensor], Tensor]  # x to y
@@ -105,9 +108,10 @@ def lengths(cell: str):
         m, theirs = LAYERS[cell](H, H), (nn.LSTM if cell == "lstm" else nn.GRU)(H, H)
         theirs.load_state_dict(m.state_dict())
         n = torch.linspace(T // 10, T, B).long()[torch.randperm(B)]
+        on_host = n.cpu()
 
         def packed(x: Tensor) -> Tensor:
-            y = theirs(pack_padded_sequence(x, n, enforce_sorted=False))[0]
+            y = theirs(pack_padded_sequence(x, on_host, enforce_sorted=False))[0]
             return pad_packed_sequence(y, total_length=T)[0]
 
         return (lambda x: m(x, lengths=n)[0]), packed
@@ -156,7 +160,22 @@ CASES["mingru"] = Case((4096, 8, 256), "torch.nn.GRU", mingru, False)
 CASES["mingru-linear"] = Case((65536, 1, 256), "16 pieces of 4096 steps, each from zeros", mingru_steps, False)
 
 
+def as_graphs(ours: gpu.Run, peer: gpu.Run, budget: timing.Budget) -> dict[str, object]:
+    try:
+        replays = gpu.graphed(ours), gpu.graphed(peer)
+    except RuntimeError as failed:
+        return {"graph_error": str(failed).splitlines()[0][:200]}
+    found = timing.paired(*replays, budget, gpu.events, linger=0).summary()
+    return {f"graph_{key}": found[key] for key in ("ms", "peer_ms", "ratio", "ratio_low", "ratio_high")}
+
+
+def round_products(allowed: bool) -> None:
+    """Whether CUDA may round all float32 operands to TF32; elsewhere nothing."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def measure(name: str, case: Case, budget: timing.Budget, clock: timing.Sample) -> dict[str, object]:
+    """On the default device."""
     torch.manual_seed(0)
     T, B, H = case.shape
     ours, peer = case.make(T, B, H)
@@ -164,12 +183,15 @@ def measure(name: str, case: Case, budget: timing.Budget, clock: timing.Sample) 
     if case.same:
         # At first: rounding errors grow from step to step where a layer normalisation makes the recurrence chaotic.
         first = slice(0, 16)
+        round_products(False)
         with torch.no_grad():
             torch.testing.assert_close(ours(x)[first], peer(x)[first], rtol=1e-4, atol=1e-4)
+    round_products(x.is_cuda)
     train = lambda f: lambda: f(x).backward(dy)  # noqa: E731
-    result = timing.paired(train(ours), train(peer), budget, clock)
+    sides = train(ours), train(peer)
+    result = timing.paired(*sides, budget, clock, linger=0 if x.is_cuda else 5e-3)
     line = {"case": name, "peer": case.peer, "T": T, "B": B, "H": H, "clock": clock.__name__}
-    return line | result.summary() | {"load": machine.load()}
+    return line | result.summary() | (as_graphs(*sides, budget) if x.is_cuda else {}) | {"load": machine.load()}
 
 
 def table(lines: list[dict]) -> str:
@@ -178,7 +200,7 @@ def table(lines: list[dict]) -> str:
     for line in {line["case"]: line for line in lines}.values():
         shape = f"{line['T']}, {line['B']}, {line['H']}"
         interval = f"{line['ratio_low']:.2f} to {line['ratio_high']:.2f}"
-        times = f"{line['ms']:.1f} | {line['peer_ms']:.1f} | {line['ratio']:.2f}"
+        times = f"{line['ms']:.3g} | {line['peer_ms']:.3g} | {line['ratio']:.2f}"
         rows.append(f"| {line['case']} | {shape} | {line['peer']} | {times} | {interval} |")
     return "\n".join(rows)
 
@@ -186,6 +208,7 @@ def table(lines: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="GLOB")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, default=Path("bench/out/options.jsonl"), help="append lines here")
     parser.add_argument("--threads", type=int, help="for both sides (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=4.0, help="the most that a case takes")
@@ -196,12 +219,15 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        about = machine.describe("cpu")
+        torch.set_default_device(args.device)
+        about = machine.describe(args.device) | (gpu.describe() if args.device == "cuda" else {})
+        clock = gpu.events if args.device == "cuda" else timing.cpu_time if args.cpu_time else timing.clock
         chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in args.cases)]
         budget = timing.Budget(samples=24, low=0.5, high=args.seconds)
         for i, name in enumerate(chosen):
-            line = measure(name, CASES[name], budget, timing.cpu_time if args.cpu_time else timing.clock) | about
-            times = f"{line['ms']:.1f} ms, peer {line['peer_ms']:.1f}, ratio {line['ratio']:.2f}"
+            line = measure(name, CASES[name], budget, clock) | about
+            times = f"{line['ms']:.2f} ms, peer {line['peer_ms']:.2f}, ratio {line['ratio']:.2f}"
+            times += f", as graphs {line['graph_ratio']:.2f}" if "graph_ratio" in line else ""
             print(f"[{i + 1}/{len(chosen)}] {name}: {times}", flush=True)
             with args.json.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
         " Tensor? zone_c, float clip_value, float clip_norm, Tensor read, Tensor reserve, str cell, int flags,"
         " Tensor? lengths=None, bool tf32=False)"
         " -> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor sums)");
+  // out = a^T b in float32 with operands rounded to TF32, whatever torch's flag for its own products: CUDA.
+  m.def("_transposed_product(Tensor(a!) out, Tensor a, Tensor b) -> ()");
   // h_t = keep_t a_t h_{t-1} + b_t for cells whose gates see the input alone: seqkern/scan.py.
   m.def("scan(Tensor p, Tensor? h0, Tensor? keep, str cell) -> Tensor h");
   m.def("scan_backward(Tensor dh, Tensor p, Tensor? h0, Tensor? keep, Tensor h, str cell) -> (Tensor dp, Tensor dh0)");

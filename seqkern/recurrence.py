@@ -9,7 +9,7 @@ The layer is `linear` (and `layer_norm`) for the inputs of all steps, in torch, 
     params: w_hh [D, G*H, H], then, where `flags` has their bit, bias_n [D, H] (BIAS_N), peephole [D, 3*H or 2*H]
         (PEEPHOLE), gain_h [D, G*H] and for the LSTM gain_c and bias_c [D, H] (NORMAL).
     keep, h_mask, zone_h, zone_c, clip_value, clip_norm, lengths: as in `reference.Options`; lengths on CUDA alone.
-    tf32: whether CUDA may round the operands of W_hh h to TF32.
+    tf32: whether CUDA may round the operands of W_hh h, and those of dW_hh, to TF32.
 
 Its results: y [T, B, D*H] or [N, D*H], h_n, c_n [D, B, H], with want_c c of every step, and with `save` what backward
 needs: read [D, N, H], h as each step read it, and the reserve, rows of what the cell computed.
@@ -23,7 +23,7 @@ from torch.nn.functional import layer_norm, linear
 
 from . import eager, functional, reference, watch
 from .ops import _library, second_derivatives, tf32_allowed
-from .reference import Extra, Options
+from .reference import Extra, Options, Weights
 
 # As in csrc/core/recurrence_problem.h.
 COUPLED, HARD, RESET_BEFORE, NORMAL, PEEPHOLE, BIAS_N = (1 << bit for bit in range(6))
@@ -60,14 +60,20 @@ def layer(
         functional.check_types(cell, sequence, (*weights, *(t for e in o.extra for t in e)), batch_sizes, bidirectional)
         dtype = sequence[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        x, h0, c0 = (None if t is None else t.to(wide) for t in sequence)
-        groups = reference.split_weights([w.to(wide) for w in weights], bidirectional)
+        x, *states = sequence
+        h0, c0 = (None if t is None else t.to(wide) for t in states)
+        narrow = x.is_cuda and dtype != wide  # 16-bit products of the inputs, as in torch.nn's layers
+        x = x if narrow else x.to(wide)
+        groups = [
+            Weights(w.w_ih.to(x.dtype), *(None if t is None else t.to(wide) for t in w[1:]))
+            for w in reference.split_weights(weights, bidirectional)
+        ]
         extra = [Extra(*(None if t is None else t.to(wide) for t in e)) for e in o.extra] or [Extra()] * len(groups)
         params, flags = _params(cell, groups, extra, o)
         masks = [None if m is None else m.to(wide) for m in (o.keep, o.h_mask, o.zone_h, o.zone_c)]
         save = torch.is_grad_enabled() and functional.wants_grad((x, h0, c0), (*params, *weights))
-        gx = _project(cell, x, groups, extra, o)
-        numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save, o.lengths, tf32_allowed(x))
+        gx = _project(cell, x, groups, extra, o, wide)
+        numbers = (o.clip_value, o.clip_norm, cell, flags, want_c, save, o.lengths, narrow or tf32_allowed(x))
         results = eager.call(_FORMULA, gx, h0, c0, params, (batch_sizes, *masks, *numbers), save)[:4]
         return tuple(t.to(dtype) for t in results)
 
@@ -92,8 +98,8 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _project(cell: str, x: Tensor, groups, extra, o: Options) -> Tensor:
-    """gx."""
+def _project(cell: str, x: Tensor, groups, extra, o: Options, wide: torch.dtype) -> Tensor:
+    """gx, in `wide`."""
     biases = []
     for w in groups:
         bias = None if w.b_ih is None else w.b_ih + w.b_hh
@@ -105,9 +111,13 @@ def _project(cell: str, x: Tensor, groups, extra, o: Options) -> Tensor:
     if gains[0] is None:
         one = len(groups) == 1
         bias = biases[0] if one or biases[0] is None else torch.cat(biases)
-        return linear(x, groups[0].w_ih if one else torch.cat([w.w_ih for w in groups]), bias)
+        weight = groups[0].w_ih if one else torch.cat([w.w_ih for w in groups])
+        if x.dtype == wide:
+            return linear(x, weight, bias)
+        product = linear(x, weight).to(wide)
+        return product if bias is None else product + bias
     parts = [
-        layer_norm(linear(x, w.w_ih), gain.shape, gain, bias)
+        layer_norm(linear(x, w.w_ih).to(wide), gain.shape, gain, bias)
         for w, gain, bias in zip(groups, gains, biases, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -186,12 +196,14 @@ def _backward(
         dgh = dgx.view(-1, directions, width).transpose(0, 1)
     entering = _times_mask(read, h_mask, batch_sizes)
     dw = torch.empty_like(params[0])
+    rounded = tf32 and dgx.is_cuda
+    product = torch.ops.seqkern._transposed_product if rounded else lambda out, a, b: torch.mm(a.T, b, out=out)
     for d in range(directions):
         if flags & RESET_BEFORE:
-            torch.mm(dgh[d, :, : 2 * hidden].T, entering[d], out=dw[d, : 2 * hidden])
-            torch.mm(dgh[d, :, 2 * hidden :].T, entering[d] * reserve[d, :, :hidden], out=dw[d, 2 * hidden :])
+            product(dw[d, : 2 * hidden], dgh[d, :, : 2 * hidden], entering[d])
+            product(dw[d, 2 * hidden :], dgh[d, :, 2 * hidden :], entering[d] * reserve[d, :, :hidden])
         else:
-            torch.mm(dgh[d].T, entering[d], out=dw[d])
+            product(dw[d], dgh[d], entering[d])
     others = sums.sum(0).split([p.size(1) for p in params[1:]], 1)
     return dgx, dh0, dc0, [dw, *(g.contiguous() for g in others)]
 

@@ -123,7 +123,7 @@ def gradients(found: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
     total = 0
     for name in sorted(found):
         t = found[name]
-        total = total + (t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).sum()
+        total = total + (t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)).sum()
     if not total.requires_grad:
         return [torch.zeros_like(t) for t in leaves]
     return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True, retain_graph=True))

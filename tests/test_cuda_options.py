@@ -79,11 +79,20 @@ def test_other_cells_as_on_the_cpu(variant, lengths, resets, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_cells_repeat_and_take_wide_rows(variant, monkeypatch):
-    """More units than a block has threads; the same to the bit, and as the reference within float32's rounding."""
+def test_other_cells_in_16_bit(variant, monkeypatch):
+    kind, settings = VARIANTS[variant]
+    for want, got in both(monkeypatch, kind, torch.bfloat16, LENGTHS, True, **settings):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("hidden", [600, 2700])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_cells_repeat_and_take_wide_rows(variant, hidden, monkeypatch):
+    """More units than a block has threads, and a row of gates that its shared memory does not hold; the same to the
+    bit, and as the reference within float32's rounding."""
     kind, settings = VARIANTS[variant]
     torch.manual_seed(4)
-    m = make(kind, I, 300, dtype=torch.float32, bidirectional=True, device="cuda", **settings).eval()
+    m = make(kind, I, hidden, dtype=torch.float32, bidirectional=True, device="cuda", **settings).eval()
     x = torch.randn(4, 37, I, device="cuda")
     with tf32(False):
         found = [gradients(call(m, x), list(m.parameters())) for _ in range(2)]

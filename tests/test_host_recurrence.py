@@ -39,8 +39,15 @@ def test_within_the_oracles_bound(variant, shape, dtype):
 
 @pytest.mark.parametrize("variant", ["lstm-coupled-peephole-layer_norm", "gru-layer_norm", "gru-reset_before"])
 def test_more_units_than_a_block_has_threads(variant):
-    """With 300 a thread takes one or two; two directions, and a norm over several warps."""
-    with mock.patch.dict(SHAPES, {"units": (2, 2, 3, 300, True)}):
+    """With 600 a thread takes one or two; two directions, and a norm over several warps."""
+    with mock.patch.dict(SHAPES, {"units": (2, 2, 3, 600, True)}):
+        m, x, hx = problem(variant, "units", torch.float64)
+        check(m, x, hx, torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["lstm-layer_norm", "gru-layer_norm"])
+def test_a_row_that_shared_memory_does_not_hold(variant):
+    with mock.patch.dict(SHAPES, {"units": (2, 1, 3, 1800, False)}):
         m, x, hx = problem(variant, "units", torch.float64)
         check(m, x, hx, torch.float64)
 

@@ -70,6 +70,7 @@ Error layer_forward(const LayerCall&, char* workspace, Stream, void* blas);
 Error layer_backward(const LayerCall&, char* workspace, Stream, void* blas);
 Error query_device(Device*);
 Error fill_mask(Dtype, const Random&, Stream);
+Error product(const Gemm&, Stream, void* blas);
 
 // ---- variant.cu
 

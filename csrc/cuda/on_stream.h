@@ -110,8 +110,14 @@ struct OnStream {
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), Extent grid, Extent block, const Arguments&... arguments) {
+    launch_with(0, kernel, grid, block, arguments...);
+  }
+  // shared: bytes of dynamic shared memory, 48 KiB at most with what the kernel declares.
+  template <class... Parameters, class... Arguments>
+  void launch_with(int64_t shared, void (*kernel)(Parameters...), Extent grid, Extent block,
+                   const Arguments&... arguments) {
     if (error) return;
-    kernel<<<dim3(grid.x, grid.y, grid.z), dim3(block.x, block.y, block.z), 0, stream>>>(arguments...);
+    kernel<<<dim3(grid.x, grid.y, grid.z), dim3(block.x, block.y, block.z), size_t(shared), stream>>>(arguments...);
     check(cudaGetLastError());
   }
   void grid(const Recurrence& r, const Plan& plan, bool backward) {

@@ -330,6 +330,23 @@ RecurrenceGradients recurrence_backward(Optional dy, Optional dh_n, Optional dc_
   return gradients;
 }
 
+// Rows of all three lie side by side.
+void transposed_product(Tensor out, Tensor a, Tensor b) {
+  check_devices("product", out, {}, {a, b});
+  for (const Tensor* t : {&out, &a, &b})
+    STD_TORCH_CHECK(t->dim() == 2 && t->scalar_type() == ScalarType::Float && t->stride(1) == 1,
+                    "product: wants float32 matrices with columns side by side");
+  STD_TORCH_CHECK(a.size(0) == b.size(0) && a.size(1) == out.size(0) && b.size(1) == out.size(1),
+                  "product: the sizes do not fit");
+  const int index = out.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const Current now("product", index);
+  const Gemm g{data(a), data(b), data(out), a.size(1), b.size(1), a.size(0), a.stride(0), b.stride(0), out.stride(0),
+               true, false, 1, 0, 0, 0, Dtype::kF32, Dtype::kF32, true, false};
+  const Error error = product(g, now.stream, now.blas);
+  STD_TORCH_CHECK(!error, "product on cuda:", index, " failed: ", error);
+}
+
 // JSON. `sizes`: T, B, H, P.
 std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
                  bool backward, int64_t device, bool options) {
@@ -360,6 +377,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
   m.impl("option_layer_backward", TORCH_BOX(&option_backward));
   m.impl("recurrence", TORCH_BOX(&recurrence));
   m.impl("_recurrence_backward", TORCH_BOX(&recurrence_backward));
+  m.impl("_transposed_product", TORCH_BOX(&transposed_product));
   m.impl("_bernoulli", TORCH_BOX(&bernoulli));
   m.impl("scan", TORCH_BOX(&scan_forward));
   m.impl("scan_backward", TORCH_BOX(&scan_backward));

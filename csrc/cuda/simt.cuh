@@ -192,6 +192,8 @@ SK_DEVICE void poll_again(const void*) {}
 SK_DEVICE void device_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The old value. It orders no other memory.
 SK_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
+// Where no other thread adds: a sum that the thread does not wait for.
+template <class T> SK_DEVICE void add_to(T* p, T value) { atomicAdd(p, value); }
 
 // ---- tensor cores. Fragments as in PTX's tables; with group = lane / 4 and quarter = lane % 4,
 //   16-bit: a[0..3] hold rows group, group + 8, group, group + 8 and columns 2 quarter, + 1 (a[2], a[3]: + 8, + 9);

@@ -28,6 +28,12 @@ Error fill_mask(Dtype dtype, const Random& r, Stream stream) {
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
+Error product(const Gemm& g, Stream stream, void* handle) {
+  OnStream run(stream, handle);
+  run.gemm(g);
+  return run.error;
+}
+
 Error query_device(Device* d) {
   int device = 0, major = 0, minor = 0;
   const struct {

@@ -132,6 +132,27 @@ template <class T> struct VariantRow {
   }
   SK_MATH T read_h(int64_t j) const { return kept(o, row, state(a.h_n)[j]); }
 
+  // The block's shared row, where it has one; else the one in memory.
+  SK_MATH T* close_row() const {
+    SK_SHARED(T, close);
+    return s.close ? close : gates(s.gates);
+  }
+  // With what the row in memory holds. Loads first: those of a unit are under way at once.
+  SK_MATH T* fetched_row() const {
+    T *to = close_row(), *from = gates(s.gates);
+    if (!s.close) return to;
+    each([&](int64_t j) {
+      T v[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        if (q * hidden < width) v[q] = from[q * hidden + j];
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        if (q * hidden < width) to[q * hidden + j] = v[q];
+    });
+    return to;
+  }
+
   // The product's row normalised, times its gain; the normalised one is kept.
   SK_MATH void normalise(T* g, T* to) const {
     const T* gain = own(a.gain_h, width);
@@ -214,7 +235,7 @@ template <class T> struct VariantRow {
   }
   SK_MATH void forward() const {
     const T* x = output(a.gx, width);
-    T *g = gates(s.gates), *to = by_direction(a.reserve, row_size());
+    T *g = fetched_row(), *to = by_direction(a.reserve, row_size());
     if (k.normal) normalise(g, to ? to + k.saved(a.cell) * hidden : nullptr);
     if (lstm()) return lstm_forward(x, g, to);
     if (a.cell == Cell::kGru) return gru_forward(x, g, to);
@@ -284,7 +305,7 @@ template <class T> struct VariantRow {
     if (o.zone_c) apart(o.zone_c, zone_c_at(o, row, d, hidden, j), past.c, v.c);
     return v;
   }
-  SK_MATH void add(int64_t at, T v) const { ((T*)s.sums)[(b * a.directions + d) * s.sums_size + at] += v; }
+  SK_MATH void add(int64_t at, T v) const { add_to((T*)s.sums + (b * a.directions + d) * s.sums_size + at, v); }
 
   SK_MATH void lstm_backward(const Arriving& from, const T* saved_row, T* dx, T* now) const {
     const int64_t at_g = width - 2 * hidden, at_o = width - hidden;
@@ -382,11 +403,16 @@ template <class T> struct VariantRow {
     });
     block_sum(means);
     const T mean = means[0] / T(width), slope = means[1] / T(width), scale = normal[width];
-    each_gate([&](int64_t q) { now[q] = (now[q] * gain[q] - mean - normal[q] * slope) * scale; });
+    T *to = gates(s.gates), *dgh = by_direction(a.dgh, width);
+    each_gate([&](int64_t q) {
+      const T v = (now[q] * gain[q] - mean - normal[q] * slope) * scale;
+      to[q] = v;
+      if (dgh) dgh[q] = v;
+    });
   }
   SK_MATH void backward() const {
     const T* saved = by_direction(a.reserve, row_size());
-    T *dx = output(a.dgx, width), *dgh = by_direction(a.dgh, width), *now = gates(s.gates);
+    T *dx = output(a.dgx, width), *dgh = by_direction(a.dgh, width), *now = close_row();
     const Arriving from = arriving();
     if (lstm()) lstm_backward(from, saved, dx, now);
     else if (a.cell == Cell::kGru) gru_backward(from, saved, dx, now);
@@ -398,7 +424,7 @@ template <class T> struct VariantRow {
         state(s.past)[j] = old.h;
       });
     if (k.normal) through_norm(saved + k.saved(a.cell) * hidden, now);
-    if (dgh) each_gate([&](int64_t q) { dgh[q] = now[q]; });
+    else if (dgh) each_gate([&](int64_t q) { dgh[q] = now[q]; });
   }
   // The gradient of the initial state, from the first step that the row takes part in; first: its row, or -1.
   SK_MATH void leave(int64_t first) const {
@@ -415,14 +441,13 @@ template <class T> __global__ void __launch_bounds__(kRowThreads) variant_reset(
   const VariantRow<T> r(s);
   if (r.begun() && r.taken()) r.reset_forward();
 }
-// Left to itself, ptxas spills registers in the next two to have more blocks on an SM.
-template <class T> __global__ void __launch_bounds__(kRowThreads, 2) variant_step(VariantStep s) {
+template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_step(VariantStep s) {
   const VariantRow<T> r(s);
   if (!r.begun()) return;
   if (r.taken()) r.forward();
   else r.idle_forward();
 }
-template <class T> __global__ void __launch_bounds__(kRowThreads, 2) variant_step_back(VariantStep s) {
+template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_step_back(VariantStep s) {
   const VariantRow<T> r(s);
   if (!r.begun()) return;
   if (r.taken()) r.backward();

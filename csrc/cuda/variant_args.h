@@ -4,7 +4,8 @@
 
 namespace seqkern { namespace cuda {
 
-constexpr int kRowThreads = 256;  // at most; a power of two
+constexpr int kRowThreads = 512;        // at most; a power of two
+constexpr int64_t kRowBytes = 40 * 1024;  // of a block's shared memory for its row of gates, at most
 
 // A step of a recurrence; letters as in step_args.h, and S: as in RecurrenceArgs. Everything is in one type.
 struct VariantStep {
@@ -21,6 +22,7 @@ struct VariantStep {
   void* dc;          // [D, B, H]
   void* sums;        // [B, D, S] gradients of the parameters besides w_hh, of each row; bias_n's come first
   int64_t sums_size, at_peephole, at_gain_h, at_gain_c;  // S, and places in it
+  bool close;  // a block keeps its row of `gates` in shared memory meanwhile
 };
 
 }}  // namespace seqkern::cuda

@@ -64,11 +64,14 @@ template <class Run> struct VariantLayer : LayerBase<Run> {
     return m.used;
   }
 
+  // Of shared memory for a row of gates: where it is gone over several times, and fits.
+  const int64_t row_bytes = r.variant.normal && width * io_bytes <= kRowBytes ? width * io_bytes : 0;
+
   // One block for each of the first `rows` rows.
   template <class... P, class... A> void launch(void (*kernel)(P...), int64_t rows, const A&... args) {
     unsigned threads = 32;
     while (threads < kRowThreads && threads < hidden) threads *= 2;
-    run.launch(kernel, Extent{unsigned(rows), 1, unsigned(D)}, Extent{threads, 1, 1}, args...);
+    run.launch_with(row_bytes, kernel, Extent{unsigned(rows), 1, unsigned(D)}, Extent{threads, 1, 1}, args...);
   }
   template <class F> void with_type(const F& f) {
     if (io == Dtype::kF64) f(double{});
@@ -90,6 +93,7 @@ template <class Run> struct VariantLayer : LayerBase<Run> {
     v.at_peephole = r.bias_n ? hidden : 0;
     v.at_gain_h = v.at_peephole + (r.variant.peephole ? (r.variant.coupled ? 2 : 3) * hidden : 0);
     v.at_gain_c = v.at_gain_h + (r.variant.normal ? width : 0);
+    v.close = row_bytes > 0;
     return v;
   }
   // The rows of W_hh from `begin` to `end` times rows [0, n) of a state, to the same columns of `gates`.

@@ -151,6 +151,7 @@ void ld_words(uint32_t (&x)[4], const void* p);
 void poll_again(const void* p, const host::Site& at = host::Site::current());
 void device_fence();
 int atomic_add(int* p, int value);
+template <class T> void add_to(T* p, T value) { *p += value; }
 
 // ---- tensor cores
 

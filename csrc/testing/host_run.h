@@ -29,8 +29,12 @@ struct Host {
 
   template <class... P, class... A> void launch(void (*kernel)(P...), Extent grid, Extent block,
                                                 const A&... arguments) {
-    host_launch(kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, 0, seed + uint64_t(launches++),
-                arguments...);
+    launch_with(0, kernel, grid, block, arguments...);
+  }
+  template <class... P, class... A> void launch_with(int64_t shared, void (*kernel)(P...), Extent grid, Extent block,
+                                                     const A&... arguments) {
+    host_launch(kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, size_t(shared),
+                seed + uint64_t(launches++), arguments...);
   }
   void copy(void* to, const void* from, int64_t bytes) {
     must_be_written(from, bytes, "a copy");
