@@ -9,7 +9,8 @@ the outputs are compared first. A line holds case, peer, the shape, ms and peer_
 over the rounds) with the interval of that median, clock, load, and the machine. --cpu-time counts the process's time on
 the CPU, not the wall clock's: for one thread on a machine with other work.
 
-With --device cuda all products may round to TF32, times are between CUDA events, and where both sides can be captured a line also holds graph_ms,
+With --device cuda all products may round to TF32, times are between CUDA events, and where both sides can be captured
+a line also holds graph_ms,
 graph_peer_ms and graph_ratio, of replays as CUDA graphs: a loop's launches cost next to nothing there.
 """
 

@@ -132,7 +132,7 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("_cpu_plan(int steps, int batch, int input, int hidden, int output, str cell, bool bidirectional) -> int[]");
   // The engine that a call on CUDA device `device` would take, and its tiles: JSON. sizes: T, B, H, P. options: any set.
   m.def("_cuda_plan(int[] sizes, str cell, str dtype, bool tf32, bool bidirectional, bool backward, int device,"
-        " bool options=False) -> str");
+        " bool options=False, bool norms=False) -> str");
 }
 
 namespace {

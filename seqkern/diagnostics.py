@@ -7,7 +7,7 @@ flow.plot("flow.png")
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -92,7 +92,16 @@ class Record:
 class Flow:
     """What `gradient_flow` yields; filled by backward."""
 
-    records: list[Record] = field(default_factory=list)
+    _found: list[Record] = field(default_factory=list)
+    _waiting: list[Callable[[], list[Record]]] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[Record]:
+        """Ordered by module, call, layer and direction. Backward waits for nothing: who asks for them waits for it."""
+        while self._waiting:
+            self._found += self._waiting.pop()()
+        self._found.sort(key=lambda r: (r.name, r.call, r.layer, r.direction))
+        return self._found
 
     def report(self) -> str:
         """A line for each record: the rate per step, and in words how far the gradient reaches."""
@@ -135,21 +144,32 @@ class Flow:
         return axis
 
 
-def _radius(module: nn.Module, layer: int, direction: int) -> float | None:
-    if not isinstance(module, RNN):
-        return None
-    weight = getattr(module, f"weight_hh_l{layer}" + "_reverse" * direction)
-    return float(torch.linalg.eigvals(weight.detach().double()).abs().max())
+def _norms(squares: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[2, D, T] of squares [2, D, N]."""
+    squares = squares.double().cpu()
+    if len(set(sizes)) == 1:
+        return squares.unflatten(-1, (len(sizes), -1)).sum(-1).sqrt()
+    return torch.stack([s.sum(-1).sqrt() for s in squares.split(list(sizes), -1)], -1)
+
+
+def _radius(weight: Tensor) -> float:
+    return float(torch.linalg.eigvals(weight.double().cpu()).abs().max())
 
 
 def _record(flow: Flow, name: str, module: nn.Module, call: int, layer: int, squares: Tensor, sizes: Sequence[int]):
     """squares [2, D, N]: of dL/dh and dL/dc, summed over the units of each row."""
-    steps = [s.sum(-1).sqrt() for s in squares.double().split(list(sizes), -1)]
-    norms = torch.stack(steps, -1).cpu()
-    for d in range(squares.size(1)):
-        c = norms[1, d] if isinstance(module, LSTM) else None
-        flow.records.append(Record(name, call, layer, d, norms[0, d], c, _radius(module, layer, d)))
-    flow.records.sort(key=lambda r: (r.name, r.call, r.layer, r.direction))
+    names = [f"weight_hh_l{layer}" + "_reverse" * d for d in range(squares.size(1))]
+    weights = [getattr(module, n).detach().clone() for n in names] if isinstance(module, RNN) else [None] * len(names)
+
+    def found() -> list[Record]:
+        norms = _norms(squares, sizes)
+        return [
+            Record(name, call, layer, d, norms[0, d], norms[1, d] if isinstance(module, LSTM) else None,
+                   None if w is None else _radius(w))
+            for d, w in enumerate(weights)
+        ]  # fmt: skip
+
+    flow._waiting.append(found)
 
 
 @contextmanager

@@ -81,8 +81,10 @@ def _cuda_plan(
     lines, engines = [], []
     arguments = (sizes, cell, _short(dtype), tf32, bidirectional)
     for name, backward in (("forward", False), ("backward", True)):
-        with_options = options.in_kernels(getattr(module, "_settings", None), module.training, backward)
-        p = json.loads(torch.ops.seqkern._cuda_plan(*arguments, backward, index, with_options))
+        settings = getattr(module, "_settings", None)
+        with_options = options.in_kernels(settings, module.training, backward)
+        norms = backward and options.clips_norms(settings)
+        p = json.loads(torch.ops.seqkern._cuda_plan(*arguments, backward, index, with_options, norms))
         engines.append(p["engine"])
         line = f"{name}: {p['why']}"
         if p["engine"] == "grid":

@@ -46,14 +46,13 @@ DEFAULT = Settings()
 def by_rows(settings: Settings | None, device: str) -> str:
     """The options set that `recurrence` takes and the device's layers do not, in words."""
     s = settings or DEFAULT
-    norms = s.grad_clip is not None and s.grad_clip[0] == "norm"
     found = {
         "layer_norm": s.layer_norm,
         "peephole": s.peephole,
         "coupled": s.coupled,
         "gate_activation='hard_sigmoid'": s.hard_sigmoid,
         "reset_after=False": s.reset_before,
-        "grad_clip of norms": norms and device != "cuda",
+        "grad_clip of norms": clips_norms(s) and device != "cuda",
     }
     return ", ".join(name for name, on in found.items() if on)
 
@@ -73,6 +72,10 @@ def in_kernels(settings: Settings | None, training: bool, backward: bool) -> boo
     """Whether a pass of a layer built so has options for its kernels, without those that come with a call."""
     s = settings or DEFAULT
     return bool(any(s.zoneout) or (training and s.recurrent_dropout) or (backward and s.grad_clip))
+
+
+def clips_norms(settings: Settings | None) -> bool:
+    return settings is not None and settings.grad_clip is not None and settings.grad_clip[0] == "norm"
 
 
 class Call(NamedTuple):

@@ -13,6 +13,8 @@ from seqkern.reference import CELLS
 
 PARTS = {2: "ih hh", 3: "ih hh hr", 4: "ih hh bias_ih bias_hh", 5: "ih hh bias_ih bias_hh hr"}
 SEED = 1
+TF32 = False
+DEVICE = None  # what is planned for; None: the step engine
 plans: list[dict] = []  # what the calls of the module returned
 
 
@@ -41,7 +43,7 @@ class _Call:
         one = [z is None or z.size(0) == 1 for z in (zone_h, zone_c)]
         self.sizes = {
             **{"T": len(sizes), "B": self.B, "N": self.N, "I": x.size(-1), "H": self.H, "P": self.P, "D": self.D},
-            **{"packed": batch_sizes is not None, "batch_sizes": sizes, "tf32": False},
+            **{"packed": batch_sizes is not None, "batch_sizes": sizes, "tf32": TF32},
             **{"cell": CELL_NUMBERS[cell], "dtype": DTYPE_NUMBERS[x.dtype]},
             **{"clip_value": bounds[0], "clip_norm": bounds[1]},
             **{"zone_h_row": 0 if one[0] else self.D * self.P, "zone_c_row": 0 if one[1] else self.D * self.H},
@@ -53,8 +55,7 @@ class _Call:
         return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
 
     def run(self, backward: bool, given: dict, to: dict) -> None:
-        plans.append(host.load("step").layer(self.sizes, backward, named(given), named(to), SEED))
-        assert plans[-1]["engine"] == "step"
+        plans.append(host.load("step").layer(self.sizes, backward, named(given), named(to), SEED, DEVICE))
 
 
 def option_layer(

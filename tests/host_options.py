@@ -95,11 +95,16 @@ def evaluate(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Optio
     return found | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)} | {"flow": watcher.squares}
 
 
-def run(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Options, seed: int = 1) -> dict[str, Tensor]:
-    """Outputs, all gradients and `flow` of the kernels on the host, each launch's threads in an order from `seed`."""
+def run(
+    case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Options, seed: int = 1, device: dict | None = None
+) -> dict[str, Tensor]:
+    """Outputs, all gradients and `flow` of the kernels on the host, each launch's threads in an order from `seed`.
+
+    device: to plan for; None: the step engine.
+    """
     masks, last = [getattr(o, n) for n in MASKS], (o.lengths, o.clip_norm)
     begin = (*inputs, *masks, o.clip_value)
-    with mock.patch.object(host_operator, "SEED", seed):
+    with mock.patch.multiple(host_operator, SEED=seed, DEVICE=device):
         outputs = host_operator.option_layer(*begin, case.cell, case.bidirectional, "c_all" in cotangents, True, *last)
         *found, c_all, reserve = outputs
         given = [cotangents.get(n) for n in ("y", "h_n", "c_n", "c_all")]
@@ -113,7 +118,7 @@ def run(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], o: Options, s
     return results | {f"d{n}": t for n, t in zip(case.weight_shapes, dweights, strict=True)} | {"flow": flow.sum(-1)}
 
 
-def outcome(case: Case, dtype: torch.dtype, names: str, spoil=None) -> list[str]:
+def outcome(case: Case, dtype: torch.dtype, names: str, spoil=None, device: dict | None = None) -> list[str]:
     """What is wrong with a run, a line for each tensor. names: of options, and `states` for c of every step.
 
     spoil(inputs, options): changes what the kernels alone are given.
@@ -128,7 +133,7 @@ def outcome(case: Case, dtype: torch.dtype, names: str, spoil=None) -> list[str]
     if spoil is not None:
         inputs = spoil(inputs, o)
     lines = []
-    for name, got in run(case, inputs, cotangents, o).items():
+    for name, got in run(case, inputs, cotangents, o, device=device).items():
         wrong = fault(got, right[name], shrink * distance(near[name], right[name]))
         if wrong:
             lines.append(f"{case.name} {dtype} {names}: {name} {wrong}")

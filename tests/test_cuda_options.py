@@ -109,6 +109,36 @@ def test_float32(kind, monkeypatch):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 6, 12), (24, 70, 272)], ids=["small", "two rows a thread"])
+@pytest.mark.parametrize("lengths, resets", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "clip_norm"])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_the_engines_agree(kind, settings, lengths, resets, shape, dtype):
+    """Outputs and gradients; float32 with operands rounded to TF32 on both."""
+    if settings == "none" and not (lengths or resets):
+        return
+    torch.manual_seed(3)
+    steps, batch, hidden = shape
+    m = make(kind, I, hidden, dtype=dtype, bidirectional=True, device="cuda", **SETTINGS[settings])
+    x, hx = torch.randn(steps, batch, I, dtype=dtype, device="cuda"), state(m, batch)
+    options = {"resets": torch.rand(steps, batch, device="cuda") < 0.1} if resets else {}
+    if lengths:
+        options["lengths"] = torch.randint(0, steps + 1, (batch,), device="cuda")
+    found = []
+    for engine in ("step", "grid"):
+        begin = (x, *(hx if isinstance(hx, tuple) else (hx,)))
+        x, *states = leaves = [t.detach().cuda().requires_grad_() for t in begin]
+        generator = torch.Generator().manual_seed(5)
+        with cuda_checks.forced(engine), tf32(True):
+            entering = tuple(states) if len(states) == 2 else states[0]
+            got = call(m, x, entering, generator=generator, return_all_states=kind == "LSTM", **options)
+            found.append([*got.values(), *gradients(got, [*leaves, *m.parameters()])])
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(1.0, want.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_random_masks_are_the_cpus(dtype):
     seed = torch.tensor([2**61 + 12345])
@@ -145,7 +175,9 @@ def test_lengths_and_resets_in_a_graph():
 def test_explain():
     layer = seqkern.LSTM(64, 256, zoneout=0.1, device="cuda", dtype=torch.bfloat16)
     plan = seqkern.explain(layer, batch=16, time=50)
-    assert plan.engine == "cuda-step" and "options" in str(plan)
+    assert plan.engine == "cuda-grid" and "step" not in str(plan)
+    layer = seqkern.LSTM(64, 256, grad_clip=("norm", 1.0), device="cuda", dtype=torch.bfloat16)
+    assert "backward: step: gradients are clipped by norm" in str(seqkern.explain(layer, batch=16, time=50))
 
 
 def test_explain_other_cells():

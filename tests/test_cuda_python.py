@@ -36,15 +36,16 @@ def test_explain_tells_both_passes(monkeypatch):
     layer = seqkern.LSTM(5, 128, proj_size=32, bidirectional=True, dtype=torch.bfloat16)
     plan = seqkern.explain(layer, batch=40, time=9, device="cuda:1")
     sizes = [9, 40, 128, 32]
-    assert asked == [(sizes, "lstm", "bfloat16", True, True, backward, 1, False) for backward in (False, True)]
+    assert asked == [(sizes, "lstm", "bfloat16", True, True, backward, 1, False, False) for backward in (False, True)]
     assert plan.engine == "cuda-grid"
     assert "fused kernels for lstm in bfloat16 on GPU 1" in str(plan)
     assert "forward: grid: weights stay on chip; 48 blocks of 256 threads" in str(plan)
     assert "64 KiB" in str(plan) and "backward: step: too large" in str(plan)
     asked.clear()
-    layer = seqkern.GRU(5, 128, grad_clip=0.5)
-    seqkern.explain(layer, batch=40, time=9, device="cuda:0")
-    assert [arguments[-1] for arguments in asked] == [False, True]  # whether there are options for the kernels
+    for clip in (0.5, ("norm", 0.5)):
+        seqkern.explain(seqkern.GRU(5, 128, grad_clip=clip), batch=40, time=9, device="cuda:0")
+    # whether there are options for the kernels, and norms among them
+    assert [arguments[-2:] for arguments in asked] == [(False, False), (True, False), (False, False), (True, True)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -19,6 +19,17 @@ def test_runs(case, dtype, engine):
     assert all(t.isfinite().all() for t in found.values())
 
 
+@pytest.mark.parametrize("engine", ["step", "grid"])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_options(kind, engine):
+    settings = {"zoneout": 0.3, "recurrent_dropout": 0.3, "grad_clip": 0.5}
+    m = make(kind, 3, 70, dtype=torch.bfloat16, bidirectional=True, device="cuda", **settings)
+    with forced(engine):
+        x, resets = torch.randn(4, 20, 3, device="cuda", dtype=torch.bfloat16), torch.rand(4, 20) < 0.3
+        found = call(m, x, lengths=torch.arange(20) % 5, resets=resets.cuda())
+        assert all(t.isfinite().all() for t in gradients(found, list(m.parameters())))
+
+
 @pytest.mark.parametrize(
     "kind, settings",
     [

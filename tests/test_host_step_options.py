@@ -4,13 +4,14 @@ As in test_host_step.py, a read of what nobody wrote or an access out of range e
 """
 
 import dataclasses
+from unittest import mock
 
 import host
 import host_operator
 import pytest
 import torch
 from cases import DTYPES, Case, make_inputs
-from host_layer import DTYPE_NUMBERS, array
+from host_layer import DEVICE, DTYPE_NUMBERS, array
 from host_options import cotangents_of, make_options, outcome, run
 
 from seqkern import masks
@@ -61,6 +62,56 @@ def test_16_bits(layer, dtype):
         assert outcome(case_of(layer, kind), dtype, "clip_norm" + more) == []
 
 
+GRID_KINDS = {
+    "two_ways": {"T": 6, "B": 5, "H": 24, "bidirectional": True},
+    "passes": {"T": 3, "B": 35, "H": 40, "bias": False},
+    "packed": KINDS["packed"],
+    "no_state": {"T": 4, "B": 3, "H": 17, "bidirectional": True, "h0": False, "c0": False},
+}
+
+
+@pytest.mark.parametrize("names", [n for n in [*ALONE, *TOGETHER] if "clip_norm" not in n])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_on_the_grid_engine(cell, names):
+    """As planned for a small GPU, some of them with several tiles or passes."""
+    for i, (kind, shape) in enumerate(GRID_KINDS.items()):
+        if applies(cell, kind, names):
+            more = " lengths" if len(names.split()) > 2 and kind != "packed" else ""
+            host_operator.plans.clear()
+            case = Case(f"options-grid-{kind}-{cell}", cell, I=3, **shape)
+            assert outcome(case, DTYPES[2 + i % 2], names + more, device=DEVICE) == []
+            assert [plan["engine"] for plan in host_operator.plans] == ["grid", "grid"]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_the_engines_agree_in_tf32(cell):
+    """float32, whose products the grid engine takes from rounded operands."""
+    case = Case(f"options-tf32-{cell}", cell, T=6, B=5, I=3, H=20, bidirectional=True)
+    inputs, cotangents = make_inputs(case, torch.float32), cotangents_of(case, torch.float32, cell == "lstm")
+    o = make_options(case, torch.float32, "keep lengths h_mask zone clip")
+    with mock.patch.object(host_operator, "TF32", True):
+        found = run(case, inputs, cotangents, o, device=DEVICE)
+    for name, want in run(case, inputs, cotangents, o).items():
+        torch.testing.assert_close(found[name], want, rtol=3e-3, atol=3e-3 * max(1.0, want.abs().max().item()))
+
+
+def test_norms_take_the_step_engine():
+    """Backward; forward knows nothing of them."""
+    case = Case("options-norms", "lstm", T=3, B=2, I=3, H=8)
+    host_operator.plans.clear()
+    assert outcome(case, torch.bfloat16, "clip_norm", device=DEVICE) == []
+    assert [plan["engine"] for plan in host_operator.plans] == ["grid", "step"]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_any_order_of_threads_gives_the_same_on_the_grid_engine(cell):
+    case = Case(f"options-order-{cell}", cell, T=5, B=4, I=3, H=24, bidirectional=True)
+    o, inputs = make_options(case, torch.bfloat16, "keep h_mask zone clip lengths"), make_inputs(case, torch.bfloat16)
+    cotangents = cotangents_of(case, torch.bfloat16, cell == "lstm")
+    first, *others = (run(case, inputs, cotangents, o, seed, DEVICE) for seed in (1, 2, 3))
+    assert all(torch.equal(t, other[name]) for other in others for name, t in first.items())
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_as_packed(cell):
     """With lengths that fall, what a packed sequence gives; and gradients of zero in the padding."""
@@ -101,14 +152,15 @@ def test_padding_is_not_read_in_forward(cell):
         assert torch.equal(found[name], want[name])
 
 
+@pytest.mark.parametrize("device", [None, DEVICE], ids=["step", "grid"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
-def test_a_reset_clears_what_is_not_a_number(cell):
-    case = case_of(cell, "one_way")
-    inputs, cotangents = make_inputs(case, torch.float32), cotangents_of(case, torch.float32, False)
+def test_a_reset_clears_what_is_not_a_number(cell, device):
+    case, dtype = case_of(cell, "one_way"), torch.float32 if device is None else torch.bfloat16
+    inputs, cotangents = make_inputs(case, dtype), cotangents_of(case, dtype, False)
     inputs.x[1, 0] = float("nan")
     keep = torch.ones(case.T, case.B)
     keep[2, 0] = 0
-    found = run(case, inputs, cotangents, Options(keep=keep.flatten()))
+    found = run(case, inputs, cotangents, Options(keep=keep.flatten()), device=device)
     assert found["y"][1, 0].isnan().all() and not found["y"][2:].isnan().any()
     assert not found["dx"][2:].isnan().any()
 

@@ -122,10 +122,14 @@ def test_step_by_rule_with_a_reason(reason, backward):
 
 
 @pytest.mark.parametrize("backward", (False, True))
-def test_step_for_options(backward):
-    plan = host.load("grid").plan(shape() | {"options": True}, device("H100 SXM"), backward)
-    assert plan["engine"] == "step" and "options beyond torch.nn's" in plan["why"]
-    assert host.load("grid").plan(shape() | {"options": False}, device("H100 SXM"), backward)["engine"] == "grid"
+def test_options_take_the_grid_but_for_norms(backward):
+    plan = host.load("grid").plan(shape() | {"options": True, "norms": True}, device("H100 SXM"), backward)
+    assert plan["engine"] == "step" and "by norm" in plan["why"]
+    with_options, plain = (
+        host.load("grid").plan(shape() | {"options": on}, device("H100 SXM"), backward) for on in (True, False)
+    )
+    assert with_options["engine"] == plain["engine"] == "grid"
+    assert with_options["shared_bytes"] > plain["shared_bytes"]  # h is carried too
 
 
 def test_step_on_gpus_that_are_too_small_or_too_old():

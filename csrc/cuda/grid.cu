@@ -14,7 +14,7 @@ cudaError_t allow_shared(GridKernel kernel, const Plan& p) {
 
 // Directions that do not fit side by side run one after the other, each in its own part of the workspace.
 Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
-  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward);
+  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward, r.layer.options.any);
   if (!kernel) return "grid: no kernel for this cell and dtype";
   cudaError_t e = allow_shared(kernel, p);
   for (int d = 0; d < int(r.layer.directions) && e == cudaSuccess; d += p.directions) {
@@ -30,8 +30,8 @@ Error launch(const Recurrence& r, const Plan& p, Stream stream, bool backward) {
 
 }  // namespace
 
-bool grid_fits(Cell cell, Dtype dtype, const Plan& p, bool backward) {
-  const GridKernel kernel = grid_kernel(cell, dtype, p, backward);
+bool grid_fits(Cell cell, Dtype dtype, const Plan& p, bool backward, bool options) {
+  const GridKernel kernel = grid_kernel(cell, dtype, p, backward, options);
   int device = 0, sms = 0, blocks = 0;
   const bool known = kernel && cudaGetDevice(&device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&

@@ -7,25 +7,28 @@ namespace seqkern { namespace cuda { namespace {
 
 using GridKernel = void (*)(GridArgs);
 
-template <class C, class S> GridKernel grid_kernel(int rows, bool backward) {
-  if (rows == 1) return backward ? grid_backward_kernel<C, S, 1> : grid_forward_kernel<C, S, 1>;
-  return backward ? grid_backward_kernel<C, S, 2> : grid_forward_kernel<C, S, 2>;
+template <class C, class S, int kRows> GridKernel grid_kernel(bool backward, bool options) {
+  if (options) return backward ? grid_backward_kernel<C, S, kRows, true> : grid_forward_kernel<C, S, kRows, true>;
+  return backward ? grid_backward_kernel<C, S, kRows, false> : grid_forward_kernel<C, S, kRows, false>;
 }
-template <class C> GridKernel grid_kernel(Dtype dtype, int rows, bool backward) {
+template <class C, class S> GridKernel grid_kernel(int rows, bool backward, bool options) {
+  return rows == 1 ? grid_kernel<C, S, 1>(backward, options) : grid_kernel<C, S, 2>(backward, options);
+}
+template <class C> GridKernel grid_kernel(Dtype dtype, int rows, bool backward, bool options) {
   switch (dtype) {
-    case Dtype::kF32: return grid_kernel<C, float>(rows, backward);
-    case Dtype::kBf16: return grid_kernel<C, bf16>(rows, backward);
-    case Dtype::kF16: return grid_kernel<C, half_t>(rows, backward);
+    case Dtype::kF32: return grid_kernel<C, float>(rows, backward, options);
+    case Dtype::kBf16: return grid_kernel<C, bf16>(rows, backward, options);
+    case Dtype::kF16: return grid_kernel<C, half_t>(rows, backward, options);
     default: return nullptr;
   }
 }
 // Null where there is none.
-inline GridKernel grid_kernel(Cell cell, Dtype dtype, const Plan& p, bool backward) {
+inline GridKernel grid_kernel(Cell cell, Dtype dtype, const Plan& p, bool backward, bool options) {
   switch (cell) {
-    case Cell::kRnnTanh: return grid_kernel<RnnTanh>(dtype, p.rows_per_thread, backward);
-    case Cell::kRnnRelu: return grid_kernel<RnnRelu>(dtype, p.rows_per_thread, backward);
-    case Cell::kLstm: return grid_kernel<Lstm>(dtype, p.rows_per_thread, backward);
-    case Cell::kGru: return grid_kernel<Gru>(dtype, p.rows_per_thread, backward);
+    case Cell::kRnnTanh: return grid_kernel<RnnTanh>(dtype, p.rows_per_thread, backward, options);
+    case Cell::kRnnRelu: return grid_kernel<RnnRelu>(dtype, p.rows_per_thread, backward, options);
+    case Cell::kLstm: return grid_kernel<Lstm>(dtype, p.rows_per_thread, backward, options);
+    case Cell::kGru: return grid_kernel<Gru>(dtype, p.rows_per_thread, backward, options);
   }
   return nullptr;
 }

@@ -226,8 +226,8 @@ SK_DEVICE void clear(float* sums, int count) {
 }
 
 // One warp's part of the product: kMTiles tiles of weights by its slice of K.
-template <class S, int kMTiles> struct Multiplier {
-  static constexpr int kHeld = held_chunks(kMTiles);  // chunks whose weights lie in registers
+template <class S, int kMTiles, bool kOptions> struct Multiplier {
+  static constexpr int kHeld = held_chunks(kMTiles, kOptions);  // chunks whose weights lie in registers
   // Pieces of the operand loaded at once, beside the weights in registers: as many as do not spill.
   static constexpr int kAhead = kMTiles == 1 ? 16 : 8;
   uint32_t held[kHeld][kMTiles][2][4];

@@ -95,7 +95,7 @@ Error scan(const ScanArgs& a, void* dh0, int cell, Dtype, int sms, char* workspa
 
 // Whether every CTA of the plan is resident at once on the current device: asks the occupancy of the kernel that
 // grid_forward (grid_backward) would launch.
-bool grid_fits(Cell, Dtype, const Plan&, bool backward);
+bool grid_fits(Cell, Dtype, const Plan&, bool backward, bool options);
 Error grid_forward(const Recurrence&, const Plan&, Stream);
 Error grid_backward(const Recurrence&, const Plan&, Stream);
 

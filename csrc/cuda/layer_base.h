@@ -228,6 +228,11 @@ template <class Run> struct LayerBase {
   int64_t most_rows(const Step& s) const { return D == 2 ? max(s.rows[0], s.rows[1]) : s.rows[0]; }
 
   void grid(const Space& s, bool backward) {
+    if (options.lengths) {  // of rows without a step
+      const int64_t bytes = D * a.batch * a.hidden * io_bytes;
+      initial_state(backward ? a.dh0 : a.h_n, backward ? a.dh_n : a.h0, bytes);
+      if (cell.cell_state) initial_state(backward ? a.dc0 : a.c_n, backward ? a.dc_n : a.c0, bytes);
+    }
     run.fill(s.grid, kEmptyByte, plan.workspace_bytes);
     run.grid(recurrence(s), plan, backward);
   }

@@ -82,14 +82,15 @@ Plan choose(const Shape& s, const Device& d, bool backward) {
                   "SEQKERN_CUDA_ENGINE must be step or grid, got ", forced);
   if (forced == "step") return detail::step_plan("step: SEQKERN_CUDA_ENGINE asks for it");
   Plan plan = backward ? plan_backward(s, d) : plan_forward(s, d);
-  if (plan.engine == Engine::kGrid && !grid_fits(s.cell, s.dtype, plan, backward))
+  if (plan.engine == Engine::kGrid && !grid_fits(s.cell, s.dtype, plan, backward, s.options))
     plan = detail::step_plan("step: the grid engine's blocks are not all resident at once");
   STD_TORCH_CHECK(forced != "grid" || plan.engine == Engine::kGrid, "SEQKERN_CUDA_ENGINE=grid, but ", plan.why);
   return plan;
 }
 
-Shape shape_of(const Problem& p, Dtype dtype, bool tf32, bool options) {
-  return {p.cell.cell, dtype, tf32, p.steps, p.batch, p.hidden, p.output, p.directions, p.packed, options};
+Shape shape_of(const Problem& p, Dtype dtype, bool tf32, const LayerOptions& o) {
+  return {p.cell.cell, dtype,    tf32,         p.steps,  p.batch, p.hidden,
+          p.output,    p.directions, p.packed, o.any,   o.clip_norm > 0};
 }
 
 // x as [N, I]: its rows' distance in memory, the same from each to the next; 0 where there is none.
@@ -112,7 +113,7 @@ Sequence as_rows(Tensor& x, const Problem& p) {
 void run(LayerCall& call, const Problem& p, const std::string& cell, const Tensor& x, bool backward) {
   const int index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  const Plan plan = choose(shape_of(p, call.dtype, call.tf32, call.layer.options.any), properties(index), backward);
+  const Plan plan = choose(shape_of(p, call.dtype, call.tf32, call.layer.options), properties(index), backward);
   call.plan = &plan;
   const Tensor workspace = torch::stable::new_empty(x, {layer_workspace(call, backward)}, ScalarType::Byte);
   const Current now(cell, index);
@@ -349,7 +350,7 @@ void transposed_product(Tensor out, Tensor a, Tensor b) {
 
 // JSON. `sizes`: T, B, H, P.
 std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype, bool tf32, bool bidirectional,
-                 bool backward, int64_t device, bool options) {
+                 bool backward, int64_t device, bool options, bool norms) {
   STD_TORCH_CHECK(sizes.size() == 4, "sizes must be T, B, H, P, got ", sizes.size(), " numbers");
   const ScalarType types[kDtypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   int t = 0;
@@ -357,7 +358,7 @@ std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype
   STD_TORCH_CHECK(t < kDtypes, "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
   const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
   const Shape s{cell_info(cell).cell,  Dtype(t), tf32,   sizes[0], sizes[1], sizes[2], sizes[3],
-                bidirectional ? 2 : 1, false,    options};
+                bidirectional ? 2 : 1, false,    options,  norms};
   const Plan p = choose(s, properties(int(device)), backward);
   auto field = [](const char* name, int64_t value) {
     return ", \"" + std::string(name) + "\": " + std::to_string(value);

@@ -39,8 +39,8 @@ constexpr int kCopies = 32, kEmptyAhead = 16, kFenceSteps = 8;
 constexpr int kEmptyByte = 0xff;  // the workspace begins as these
 constexpr int kChunkBytes = 64;        // two mma steps along K: 32 elements of 16 bits, 16 of 32
 // Fragments of weights in registers, 8 each, of the 255 that a thread of 256 may have. With a single M tile half as
-// many: K is long then, and more of the operand is under way at a time.
-constexpr int kHeldTiles = 16;
+// many: K is long then, and more of the operand is under way at a time. Options take registers of their own.
+constexpr int kHeldTiles = 16, kHeldTilesWithOptions = 15;
 constexpr int kFragmentBytes = 1024;            // an M tile and a chunk, a warp: 32 bytes a lane
 constexpr int kUnits = kTileRows;               // hidden units of a CTA
 constexpr int kMinSteps = 2;  // below, loading the weights on chip does not pay: one step reads them once anyway
@@ -68,7 +68,8 @@ struct Shape {
   bool tf32;                                         // kF32 only: products may round their operands to TF32
   int64_t steps, batch, hidden, output, directions;  // output: P, or H without a projection
   bool packed;
-  bool options = false;  // any of LayerOptions
+  bool options = false;    // any of LayerOptions
+  bool norms = false;    // clip_norm, which needs all units of a row at once
 };
 
 struct Plan {
@@ -89,7 +90,9 @@ struct Plan {
 constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
 SK_PLAN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-SK_PLAN constexpr int held_chunks(int m_tiles) { return m_tiles == 1 ? kHeldTiles / 2 : kHeldTiles / m_tiles; }
+SK_PLAN constexpr int held_chunks(int m_tiles, bool options) {
+  return m_tiles == 1 ? kHeldTiles / 2 : (options ? kHeldTilesWithOptions : kHeldTiles) / m_tiles;
+}
 
 // How the product is cut, from what is known when compiling (m_tiles) and when running (k_bytes).
 struct Product {
@@ -98,12 +101,12 @@ struct Product {
   int warp_chunks;  // at most, a warp
   int warps;        // that have any
   int spilled;      // chunks of a warp whose weights lie in shared memory
-  SK_PLAN constexpr Product(int tiles, int64_t k_bytes)
+  SK_PLAN constexpr Product(int tiles, int64_t k_bytes, bool options)
       : m_tiles(tiles),
         row_bytes(int(ceil_div(k_bytes, kChunkBytes) * kChunkBytes)),
         warp_chunks(int(ceil_div(row_bytes / kChunkBytes, kProductWarps))),
         warps(int(ceil_div(row_bytes / kChunkBytes, warp_chunks))),
-        spilled(warp_chunks > held_chunks(tiles) ? warp_chunks - held_chunks(tiles) : 0) {}
+        spilled(warp_chunks > held_chunks(tiles, options) ? warp_chunks - held_chunks(tiles, options) : 0) {}
   // Shared memory, in this order: weights; partial sums, two sets in turn, of as many products as a pass has,
   // [2][products][warps][2][m_tiles][16][8] floats.
   SK_PLAN constexpr int64_t weight_bytes() const { return int64_t(kProductWarps) * spilled * m_tiles * kFragmentBytes; }
@@ -119,9 +122,10 @@ struct Kind {  // of a pass over the layer
   bool backward;
   int gates, slots;  // slots: 32-bit values kept for each unit and row between steps
   int64_t bytes;     // an element
+  bool options;
   Product product(int64_t hidden) const {
     const int64_t published = ceil_div(hidden, kUnits) * kUnits;
-    return backward ? Product(1, published * gates * bytes) : Product(gates, published * bytes);
+    return backward ? Product(1, published * gates * bytes, options) : Product(gates, published * bytes, options);
   }
 };
 
@@ -164,7 +168,7 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   if (s.dtype == Dtype::kF64) return step_plan("step: float64 has no tensor-core path");
   if (s.dtype == Dtype::kF32 && !s.tf32) return step_plan("step: float32 without TF32");
   if (s.output != s.hidden) return step_plan("step: a projection is set");
-  if (s.options) return step_plan("step: the call has options beyond torch.nn's, or wants c of every step");
+  if (s.norms) return step_plan("step: gradients are clipped by norm");
   if (d.cc < kMinCc) return step_plan("step: the GPU is older than sm_80");
   if (d.registers_per_sm < 256 * kThreads || d.threads_per_sm < kThreads)
     return step_plan("step: the GPU's SMs are smaller than a block of the grid engine");
@@ -173,8 +177,9 @@ inline Plan plan(const Shape& s, const Device& d, bool backward) {
   if (s.batch < 1) return step_plan("step: the batch is empty");
   const int gates = gates_of(s.cell), bytes = s.dtype == Dtype::kF32 ? 4 : 2;
   const bool lstm = s.cell == Cell::kLstm, gru = s.cell == Cell::kGru;
-  // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates.
-  const detail::Kind kind{backward, gates, int(lstm || gru), bytes};
+  // Forward carries the LSTM's c and the GRU's h, backward d(loss)/dc and the part of d(loss)/dh past the gates; with
+  // options every cell carries h and that part.
+  const detail::Kind kind{backward, gates, int(lstm || gru) + int(s.options && !gru), bytes, s.options};
   return tiles_for(s, d, kind);
 }
 

@@ -21,7 +21,8 @@ Shape shape_of(const py::dict& d) {
           get<bool>(d, "tf32"),      get<int64_t>(d, "steps"),
           get<int64_t>(d, "batch"),  get<int64_t>(d, "hidden"),
           get<int64_t>(d, "output"), get<int64_t>(d, "directions"),
-          get<bool>(d, "packed"),    d.contains("options") && get<bool>(d, "options")};
+          get<bool>(d, "packed"),    d.contains("options") && get<bool>(d, "options"),
+          d.contains("norms") && get<bool>(d, "norms")};
 }
 Device device_of(const py::dict& d) {
   return {get<int>(d, "sms"),
@@ -115,7 +116,7 @@ Recurrence recurrence_of(const Shape& s, int64_t rows, const Memory& m) {
 
 // As grid_forward and grid_backward of cuda/grid.cu.
 void launch(const Recurrence& r, const Plan& p, bool backward, uint64_t seed) {
-  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward);
+  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward, false);
   if (!kernel) throw std::invalid_argument("grid: no kernel for this cell and dtype");
   for (int d = 0; d < int(r.layer.directions); d += p.directions) {
     const GridArgs args{r, d, p.tiles, p.batch_tile, p.ctas};

@@ -13,7 +13,7 @@ namespace seqkern { namespace cuda { namespace {
 
 struct WithGrid : Host {
   void grid(const Recurrence& r, const Plan& plan, bool backward) {
-    const GridKernel kernel = grid_kernel(r.cell, r.dtype, plan, backward);
+    const GridKernel kernel = grid_kernel(r.cell, r.dtype, plan, backward, r.layer.options.any);
     if (!kernel) throw std::invalid_argument("grid: no kernel for this cell and dtype");
     for (int d = 0; d < int(r.layer.directions); d += plan.directions) {
       const GridArgs args{r, d, plan.tiles, plan.batch_tile, plan.ctas};
@@ -96,8 +96,17 @@ py::dict layer(const py::dict& sizes, bool backward, const py::dict& in, const p
   for (int64_t n : batch_sizes) starts.push_back(starts.back() + n);
   a.sizes = batch_sizes.data();
   a.starts = starts.data();
-  const Shape shape{call.cell, call.dtype, call.tf32,    a.steps,    a.batch,
-                    a.hidden,  a.output,   a.directions, a.x.packed, a.options.any};
+  const Shape shape{call.cell,
+                    call.dtype,
+                    call.tf32,
+                    a.steps,
+                    a.batch,
+                    a.hidden,
+                    a.output,
+                    a.directions,
+                    a.x.packed,
+                    a.options.any,
+                    a.options.clip_norm > 0};
   const Plan plan = device.is_none() ? detail::step_plan("step: for a test")
                                      : (backward ? plan_backward : plan_forward)(shape, device_of(device));
   call.plan = &plan;
