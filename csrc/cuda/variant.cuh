@@ -437,7 +437,7 @@ template <class T> struct VariantRow {
   }
 };
 
-template <class T> __global__ void __launch_bounds__(kRowThreads) variant_reset(VariantStep s) {
+template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_reset(VariantStep s) {
   const VariantRow<T> r(s);
   if (r.begun() && r.taken()) r.reset_forward();
 }
@@ -453,11 +453,11 @@ template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_ste
   if (r.taken()) r.backward();
   else r.idle_backward();
 }
-template <class T> __global__ void __launch_bounds__(kRowThreads) variant_reset_back(VariantStep s) {
+template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_reset_back(VariantStep s) {
   const VariantRow<T> r(s);
   if (r.begun() && r.taken()) r.reset_backward();
 }
-template <class T> __global__ void __launch_bounds__(kRowThreads) variant_leave(VariantStep s, Ends e) {
+template <class T> __global__ void __launch_bounds__(kRowThreads, 1) variant_leave(VariantStep s, Ends e) {
   const VariantRow<T> r(s);
   const int64_t t = first_time(e, r.d, r.b);
   r.leave(t < 0 ? -1 : start_of(e, t) + r.b);
