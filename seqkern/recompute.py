@@ -27,6 +27,14 @@ class _Pieces:
         """Of the batch that are left when piece i begins."""
         return self.batch if self.sizes is None else self.sizes[self.firsts[i]]
 
+    def state_before(self, i: int, states: Tensor) -> Tensor:
+        """[1, B, *] of all steps' states, those that the first step of piece i > 0 reads."""
+        last, n = self.firsts[i] - 1, self.rows(i)
+        if self.sizes is None:
+            return states[last].clone().unsqueeze(0)
+        first = sum(self.sizes[:last])
+        return states[first : first + n].clone().unsqueeze(0)
+
     def arguments(self, i: int) -> tuple[Tensor | None, Options]:
         """batch_sizes and options of piece i."""
         first, last, o = self.firsts[i], self.lasts[i], self.o
@@ -107,20 +115,12 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, x, h, c, *weights):
         cell, pieces, want_c = how
-        lstm, starts, joined = cell == "lstm", [], None
-        for i, part in enumerate(x.split(pieces.splits)):
-            starts += [h, c]
-            n = pieces.rows(i)
-            sizes, o = pieces.arguments(i)
-            y, h_n, c_n, c_all = option_ops.layer(
-                cell, (part, _first(h, n), _first(c, n)), weights, sizes, False, o, want_c
-            )
-            joined = joined or [_Whole(x, pieces.splits, t) for t in (y, c_all)]
-            for whole, t in zip(joined, (y, c_all), strict=True):
-                whole.put(i, t)
-            h, c = _joined(h_n, h), _joined(c_n, c) if lstm else None
-        y, c_all = (whole.t for whole in joined)
-        none = x.new_empty(0)
+        lstm, starts, none = cell == "lstm", [h, c], x.new_empty(0)
+        sizes = None if pieces.sizes is None else torch.tensor(pieces.sizes)
+        y, h, c, c_all = option_ops.layer(cell, (x, h, c), weights, sizes, False, pieces.o, lstm)
+        for i in range(1, len(pieces.lasts)):  # after them all of c goes, unless it is asked for
+            starts += [pieces.state_before(i, y), pieces.state_before(i, c_all) if lstm else None]
+        c_all = c_all if want_c else none.clone()
         ctx.how, ctx.count = how, len(weights)
         ctx.save_for_backward(x, *weights, *starts)
         ctx.set_materialize_grads(False)
