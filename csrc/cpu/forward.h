@@ -73,12 +73,14 @@ template <class C, class S> struct Forward {
     pass_rows = min64(chunk_rows, max64(pass_rows / kTilePad, 1) * kTilePad);
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
+  // What the last gate has of h stands apart from what it has of x: the GRU's n = tanh(x_n + r h_n).
+  static constexpr bool kApart = C::kCarry == Carry::kHidden;
   // Whether [h x] [W_hh W_ih] is one product, step by step: the sums of a step's inputs are neither stored nor read, and a
   // tile is begun and ended once for both. W_ih is then read at every step: from L2, or by enough rows to hide it.
   bool joins(int64_t most) const {
     constexpr int64_t kManyRows = 12, kNear = 3 << 18, kFar = 3 << 20;
     const int64_t bytes = (a.input + a.output) * ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(A));
-    return C::kCarry != Carry::kHidden && !projected() && !direct_x && !direct_h && !tiles_x && !tiles_h &&
+    return !projected() && !direct_x && !direct_h && !tiles_x && !tiles_h &&
            a.hidden % (kWidth * kBlocks) == 0 && bytes <= (most < kManyRows ? kNear : kFar);
   }
 
@@ -138,7 +140,8 @@ template <class C, class S> struct Forward {
     if (joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_hh, p.begin, p.end, a.output, a.input);
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
     pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
-    for (int64_t i = p.begin * kColumns; joint && i < p.end * kColumns; ++i) s.b_hh[i] += s.b_ih[i];
+    for (int64_t i = p.begin * kColumns; joint && i < p.end * kColumns; ++i)
+      if (!kApart || i / kWidth % C::kGates != C::kGates - 1) s.b_hh[i] += s.b_ih[i];
     Range q = part(out_panels, me.in_direction(), me.direction_size());
     for (int64_t i = q.begin; i < q.end; ++i)
       for (int v = 0; v < kWide; ++v) {
@@ -264,7 +267,8 @@ template <class C, class S> struct Forward {
     const int64_t t = dir.time(i), ld = (p.end - p.begin) * kColumns;
     const Rows<S>& next = projected() ? s.full : s.h[(i + 1) & 1];
     const OptionMath<S> math(a, dir.d);
-    auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c) {
+    // apart: what the last gate has of h, where the product is joint and keeps it apart.
+    auto cells = [&](int64_t panel, int64_t r0, int n, const Acc* c, const Acc* apart = nullptr) {
       for (int r = 0; r < n; ++r) {
         const int64_t b = b0 + r0 + r;
         const Acc* gx_row = joint ? gx : gx + (r0 + r) * ld + (panel - p.begin) * kColumns;
@@ -275,6 +279,10 @@ template <class C, class S> struct Forward {
           for (int g = 0; g < C::kGates; ++g) {
             x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
             h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);
+          }
+          if (kApart && apart) {
+            x[C::kGates - 1] = h[C::kGates - 1];
+            h[C::kGates - 1] = load(apart + r * kColumns + (u * C::kGates + C::kGates - 1) * kWidth);
           }
           if (C::kCarry != Carry::kNone) carry = load(s.carry + b * carry_ld + j);
           V old = carry = a.options.any ? math.kept(carry, t, b) : carry;
@@ -296,6 +304,9 @@ template <class C, class S> struct Forward {
       }
     };
     const Rows<S> h = s.h[i & 1].at(b0);
+    if constexpr (kApart)
+      if (joint)
+        return multiply_apart<kVectors, C::kGates>(h, end - b0, s.w_hh, a.output, p.begin, p.end, s.b_hh, s.b_ih, cells);
     if (direct_h)
       multiply_direct<C>(h, end - b0, (const S*)a.weights[dir.d].w_hh, a.hidden, a.output, p, s.b_hh, cells);
     else

@@ -53,12 +53,18 @@ template <class A> struct TileArgs {
   typename AccOf<A>::Type* c;           // [rows][kVectors * width], dense
   bool add;                             // to what c holds
   const A* ahead = nullptr;             // where a vector of every k of the panel after this one begins
+  // With kApart: what every kApart-th vector of columns holds after the first `split` of k goes to `apart`, which is like
+  // c, and it begins again at `then`, which is like init.
+  int64_t split = 0;
+  const typename AccOf<A>::Type* then = nullptr;
+  typename AccOf<A>::Type* apart = nullptr;
 };
 
 // Vectors kFirst to kFirst + kTake of the columns.
 // kSame: a row's sums do not depend on how many rows there are.
-template <int kRows, int kVectors, bool kSame, int kFirst = 0, int kTake = kVectors, class A>
+template <int kRows, int kVectors, bool kSame, int kFirst = 0, int kTake = kVectors, int kApart = 0, class A>
 void tile(const TileArgs<A>& t) {
+  static_assert(!kApart || kTake == kVectors);
   using Acc = typename AccOf<A>::Type;
   using V = Pack<Acc>;
   constexpr int kColumns = kVectors * V::kWidth;
@@ -75,24 +81,35 @@ void tile(const TileArgs<A>& t) {
   const A* a = t.a.rows;
   const A* b = t.b + kFirst * V::kWidth * kPair<A>;
   const int64_t row = t.a.row, step = t.a.step;
-  int64_t k = t.k;
-  if (kChains == 2) {
-    for (; k >= 2; k -= 2, a += 2 * step, b += 2 * kColumns * kPair<A>)
-      for (int half = 0; half < 2; ++half)
-        for (int v = 0; v < kTake; ++v)
-          multiply_add(c[half][0][v], a + half * step, b + (half * kColumns + v * V::kWidth) * kPair<A>);
-  }
-  if (kSame && t.ahead)
-    for (const A* ahead = t.ahead; k > 0; --k, a += step, b += kColumns * kPair<A>, ahead += kColumns * kPair<A>) {
-      __builtin_prefetch(ahead, 0, 2);
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    if (kChains == 2) {
+      for (; k >= 2; k -= 2, a += 2 * step, b += 2 * kColumns * kPair<A>)
+        for (int half = 0; half < 2; ++half)
+          for (int v = 0; v < kTake; ++v)
+            multiply_add(c[half][0][v], a + half * step, b + (half * kColumns + v * V::kWidth) * kPair<A>);
+    }
+    if (kSame && t.ahead)
+      for (const A* ahead = t.ahead; k > 0; --k, a += step, b += kColumns * kPair<A>, ahead += kColumns * kPair<A>) {
+        __builtin_prefetch(ahead, 0, 2);
+        for (int r = 0; r < kRows; ++r)
+          for (int v = 0; v < kTake; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
+      }
+    for (; k > 0; --k, a += step, b += kColumns * kPair<A>) {
+      // One page of B ahead, at whose end the hardware's prefetcher stops: worth 8 % where B comes from the outer cache.
+      for (int v = 0; v < kTake; ++v) __builtin_prefetch(b + (16 * kVectors + v) * V::kWidth * kPair<A>);
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kTake; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
     }
-  for (; k > 0; --k, a += step, b += kColumns * kPair<A>) {
-    // One page of B ahead, at whose end the hardware's prefetcher stops: worth 8 % where B comes from the outer cache.
-    for (int v = 0; v < kTake; ++v) __builtin_prefetch(b + (16 * kVectors + v) * V::kWidth * kPair<A>);
+  };
+  add(kApart ? t.split : t.k);
+  if constexpr (kApart > 0) {
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kTake; ++v) multiply_add(c[0][r][v], a + r * row, b + v * V::kWidth * kPair<A>);
+      for (int v = kApart - 1; v < kTake; v += kApart) {
+        store(kChains == 2 ? c[0][r][v] + c[kChains - 1][r][v] : c[0][r][v], t.apart + r * kColumns + v * V::kWidth);
+        c[0][r][v] = load(t.then + v * V::kWidth);
+        if (kChains == 2) c[kChains - 1][r][v] = V(0);
+      }
+    add(t.k - t.split);
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kTake; ++v) {
@@ -102,9 +119,11 @@ void tile(const TileArgs<A>& t) {
     }
 }
 
-template <int kRows, int kVectors, bool kSame, class A> SK_INL void tile_passes(const TileArgs<A>& t) {
+template <int kRows, int kVectors, bool kSame, int kApart = 0, class A> SK_INL void tile_passes(const TileArgs<A>& t) {
   if constexpr (kRows > tile_rows(kVectors)) {
     __builtin_unreachable();
+  } else if constexpr (kApart > 0) {
+    tile<kRows, kVectors, kSame, 0, kVectors, kApart>(t);
   } else if constexpr (two_passes(kVectors) && kRows > 3) {
     tile<kRows, kVectors, kSame, 0, 2>(t);
     tile<kRows, kVectors, kSame, 2, 2>(t);
@@ -112,16 +131,16 @@ template <int kRows, int kVectors, bool kSame, class A> SK_INL void tile_passes(
     tile<kRows, kVectors, kSame>(t);
   }
 }
-template <int kVectors, bool kSame, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
+template <int kVectors, bool kSame, int kApart = 0, class A> SK_INL void tile_rows_of(int rows, const TileArgs<A>& t) {
   switch (rows) {
-    case 1: return tile_passes<1, kVectors, kSame>(t);
-    case 2: return tile_passes<2, kVectors, kSame>(t);
-    case 3: return tile_passes<3, kVectors, kSame>(t);
-    case 4: return tile_passes<4, kVectors, kSame>(t);
-    case 5: return tile_passes<5, kVectors, kSame>(t);
-    case 6: return tile_passes<6, kVectors, kSame>(t);
-    case 7: return tile_passes<7, kVectors, kSame>(t);
-    case 8: return tile_passes<8, kVectors, kSame>(t);
+    case 1: return tile_passes<1, kVectors, kSame, kApart>(t);
+    case 2: return tile_passes<2, kVectors, kSame, kApart>(t);
+    case 3: return tile_passes<3, kVectors, kSame, kApart>(t);
+    case 4: return tile_passes<4, kVectors, kSame, kApart>(t);
+    case 5: return tile_passes<5, kVectors, kSame, kApart>(t);
+    case 6: return tile_passes<6, kVectors, kSame, kApart>(t);
+    case 7: return tile_passes<7, kVectors, kSame, kApart>(t);
+    case 8: return tile_passes<8, kVectors, kSame, kApart>(t);
   }
 }
 // A long K is summed in blocks: the rounding error of a sum grows with the length of its chain of additions. Who
@@ -136,6 +155,28 @@ template <int kVectors, bool kSame = false, class A> __attribute__((noinline)) v
     Left<A> a{t.a.rows + k0 * t.a.step, t.a.row, t.a.step};
     tile_rows_of<kVectors, kSame>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, i > 0, t.ahead ? t.ahead + k0 * kRow : nullptr});
   }
+}
+
+// With every kApart-th vector's sum of the first `split` of k apart.
+template <int kVectors, int kApart, class A> __attribute__((noinline)) void tile_apart(int rows, TileArgs<A> t) {
+  if (t.k <= kLongest<A> * 3 / 2) return tile_rows_of<kVectors, false, kApart>(rows, t);
+  using V = Pack<typename AccOf<A>::Type>;
+  constexpr int kColumns = kVectors * V::kWidth;
+  const int64_t k = t.k;
+  t.k = t.split;
+  tile_any<kVectors>(rows, t);
+  for (int r = 0; r < rows; ++r)
+    for (int v = kApart - 1; v < kVectors; v += kApart) {
+      typename AccOf<A>::Type* c = t.c + r * kColumns + v * V::kWidth;
+      store(load(c), t.apart + r * kColumns + v * V::kWidth);
+      store(load(t.then + v * V::kWidth), c);
+    }
+  t.a.rows += t.split * t.a.step;
+  t.b += t.split * kColumns * kPair<A>;
+  t.k = k - t.split;
+  t.init = nullptr;
+  t.add = true;
+  tile_any<kVectors>(rows, t);
 }
 
 // A matrix whose rows are left-hand operands: [row][ld] of A for the vector unit, [row][part][ld] for the tile unit,
@@ -242,6 +283,29 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
       const A* ahead = kSame && tiles > 1 && i < kVectors && p + 1 < last_panel ? b.panel(p + 1) + i * b.kWidth * kPair<A> : nullptr;
       tile_any<kVectors, kSame>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false, ahead});
       done(p, r0, int(r1 - r0), c);
+    }
+}
+
+// The same where every kApart-th vector's sums of the first `split` rows of B (an even number) stay apart from those of
+// the others, which begin at `then`; done(panel, row, rows, tile, apart). Not for the tile unit.
+template <int kVectors, int kApart, class S, class Done>
+SK_INL void multiply_apart(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t split, int64_t first,
+                           int64_t last_panel, const typename AccOf<S>::Type* init, const typename AccOf<S>::Type* then,
+                           const Done& done) {
+  using A = typename OperandOf<S>::Type;
+  using Acc = typename AccOf<S>::Type;
+  constexpr int kColumns = kVectors * Pack<Acc>::kWidth, kMost = tile_rows(kVectors);
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  alignas(64) Acc c[kMost * kColumns], apart[kMost * kColumns];
+  for (int64_t p = first; p < last_panel; ++p)
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      TileArgs<A> t{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), init + p * kColumns, c, false};
+      t.split = split / kPair<A>;
+      t.then = then + p * kColumns;
+      t.apart = apart;
+      tile_apart<kVectors, kApart>(int(r1 - r0), t);
+      done(p, r0, int(r1 - r0), c, apart);
     }
 }
 
