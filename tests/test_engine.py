@@ -27,6 +27,15 @@ def test_matches_oracle(case, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("inputs, hidden", [(800, 64), (64, 416)])
+def test_long_sums_in_one_product(cell, inputs, hidden, dtype):
+    """Sums that go in blocks, of inputs and of states, where one product takes both (`joins` in csrc/cpu/forward.h)."""
+    case = Case(f"long_{inputs}_{hidden}-{cell}", cell, T=2, B=13, I=inputs, H=hidden)
+    check(case, dtype, evaluate(engine, case, make_inputs(case, dtype), make_cotangents(case, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "name", ["h_tail-lstm", "bidirectional-gru", "packed-rnn_relu", "proj-lstm", "one_row-rnn_tanh"]
 )

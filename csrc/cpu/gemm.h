@@ -153,7 +153,7 @@ template <int kVectors, bool kSame = false, class A> __attribute__((noinline)) v
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t k0 = t.k * i / blocks, k1 = t.k * (i + 1) / blocks;
     Left<A> a{t.a.rows + k0 * t.a.step, t.a.row, t.a.step};
-    tile_rows_of<kVectors, kSame>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, i > 0, t.ahead ? t.ahead + k0 * kRow : nullptr});
+    tile_rows_of<kVectors, kSame>(rows, TileArgs<A>{a, t.b + k0 * kRow, k1 - k0, i ? nullptr : t.init, t.c, t.add || i > 0, t.ahead ? t.ahead + k0 * kRow : nullptr});
   }
 }
 
