@@ -23,7 +23,7 @@ AHEAD = "kEmptyAhead = 2"
 # So few copies that they are used again within the few steps here. That fences order what is emptied is not seen here:
 # on the host every store is seen at once.
 RING = (PLANNER, "kCopies = 32, kEmptyAhead = 16, kFenceSteps = 8", "kCopies = 4, kEmptyAhead = 2, kFenceSteps = 1")
-TWO_ROWS = "  return backward ? grid_backward_kernel<C, S, 2> : grid_forward_kernel<C, S, 2>;\n"
+TWO_ROWS = "                   : grid_kernel<kWithOptions, C, S, 2>(backward, options);\n"
 # name: file, text, what takes its place
 FAULTS = {
     "forward_sums_early": (FORWARD, BARRIER, "        // the sums"),
@@ -39,12 +39,12 @@ FAULTS = {
 WRONG = {
     "no_wait": (PRODUCT, "if (most != kEmptyWord) break;", "if (most || !most) break;"),
     "swapped_fragment": (PRODUCT, "      a[s][1] = high.v[2 * s];\n", "      a[s][1] = low.v[2 * s + 1];\n"),
-    "late_row_without_dh_n": (BACKWARD, "if (row >= known) v[r].dh_n =", "if (row > known) v[r].dh_n ="),
+    "late_row_without_dh_n": (BACKWARD, "bool with_after = row < known", "bool with_after = row <= known"),
 }
 # One warp for all of K, and a quarter of the fragments in registers.
 SMALL = [
     (PLANNER, "kProductWarps = kWarps;", "kProductWarps = 1;"),
-    (PLANNER, "kHeldTiles = 16;", "kHeldTiles = 4;"),
+    (PLANNER, "kHeldTiles = 16,", "kHeldTiles = 4,"),
     RING,
 ]
 CASE = Case("grid_builds", "lstm", lengths=(9, 8, 8, 5, 2), I=3, H=40, bidirectional=True)
@@ -99,7 +99,7 @@ def run_changed(folder: Path, changes, function: str, only: str | None = None) -
         kept = [line for line in lines if "case" not in line or "Dtype::kBf16" in line or f"Cell::k{only}:" in line]
         text = "".join(kept).replace("switch (cell) {", "switch (cell) {\n    default: break;")
         assert text.count(TWO_ROWS) == 1
-        entry.write_text(text.replace(TWO_ROWS, "  return nullptr;\n"))  # CASE has one row a thread
+        entry.write_text(text.replace(TWO_ROWS, "                   : nullptr;\n"))  # CASE has one row a thread
     host.build("grid")
     (folder / "build").mkdir()
     for made in host.BUILD.glob("*.o"):  # the rest is as it was

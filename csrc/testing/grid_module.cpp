@@ -116,7 +116,7 @@ Recurrence recurrence_of(const Shape& s, int64_t rows, const Memory& m) {
 
 // As grid_forward and grid_backward of cuda/grid.cu.
 void launch(const Recurrence& r, const Plan& p, bool backward, uint64_t seed) {
-  const GridKernel kernel = grid_kernel(r.cell, r.dtype, p, backward, false);
+  const GridKernel kernel = grid_kernel<false>(r.cell, r.dtype, p, backward, false);
   if (!kernel) throw std::invalid_argument("grid: no kernel for this cell and dtype");
   for (int d = 0; d < int(r.layer.directions); d += p.directions) {
     const GridArgs args{r, d, p.tiles, p.batch_tile, p.ctas};
