@@ -156,26 +156,65 @@ def truth(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(reference.attention_decoder, case, arguments, [d.double() for d in cotangents(case, dtype)])
 
 
+def relu_with(step) -> mock._patch_dict:
+    """A context in which the reference's relu cell is h = step(gx + gh)."""
+    cell = seqkern.reference.CELLS["rnn_relu"]._replace(
+        step=lambda gx, gh, _: seqkern.reference.State(step(gx + gh)),
+    )
+    return mock.patch.dict(seqkern.reference.CELLS, rnn_relu=cell)
+
+
+def relu_noting(signs: list[Tensor]) -> mock._patch_dict:
+    """In it the relu cell appends to `signs`, step by step, the side of the kink that it took."""
+
+    def step(total):
+        signs.append(total > 0)
+        return total.relu()
+
+    return relu_with(step)
+
+
+def relu_beside(signs: list[Tensor]) -> mock._patch_dict:
+    """In it the relu cell takes, step by step, the side of each kink that `signs` says, where rounding decides."""
+    steps = iter(signs)
+    return relu_with(lambda total: torch.where(next(steps), total, 0.0))
+
+
 def truth_beside(case: Case, dtype: torch.dtype, signs: Tensor) -> dict[str, Tensor]:
-    """For relu: the truth on the side of each kink that the operator took, where rounding decides."""
+    """The truth; for relu on the side of each kink that the operator took."""
     if case.cell != "rnn_relu":
         return truth(case, dtype)
-    steps = iter(signs.reshape(case.T * case.L, case.B, case.H))
-    cell = seqkern.reference.CELLS["rnn_relu"]._replace(
-        step=lambda gx, gh, _: seqkern.reference.State(torch.where(next(steps), gx + gh, 0.0))
-    )
-    with mock.patch.dict(seqkern.reference.CELLS, rnn_relu=cell):
+    with relu_beside(list(signs.reshape(case.T * case.L, case.B, case.H))):
         return truth.__wrapped__(case, dtype)
 
 
 @lru_cache(maxsize=64)
 def native(case: Case, dtype: torch.dtype) -> dict[str, float]:
-    """How far the reference in `dtype` is from the truth; in float64, where that is the truth, float32's scaled."""
+    """How far the reference in `dtype` is from the truth; in float64, where that is the truth, float32's scaled.
+
+    The farthest of four: on the case itself, and on arguments beside it, a few per cent off. How errors of rounding add
+    up on one set of figures is chance. Over 40 seeds of one case, where operator and reference err alike in the median,
+    the operator strayed up to 50 times as far as the reference on the same figures.
+    """
     if dtype == torch.float64:
         shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         return {name: figure * shrink for name, figure in native(case, torch.float32).items()}
-    found = evaluate(reference.attention_decoder, case, make(case, dtype), cotangents(case, dtype))
-    return {name: oracle.distance(found[name], want) for name, want in truth(case, dtype).items()}
+    g = torch.Generator().manual_seed(2)
+    arguments, dys = make(case, dtype), cotangents(case, dtype)
+    farthest: dict[str, float] = {}
+    for draw in range(4):
+        if draw:
+            near = [t * (0.96875 + 0.0625 * torch.rand(t.shape, generator=g)).to(dtype) for t in leaves(arguments)]
+            arguments = with_leaves(arguments, near)
+        signs: list[Tensor] = []
+        with relu_noting(signs):
+            found = evaluate(reference.attention_decoder, case, arguments, dys)
+        exact = with_leaves(arguments, [t.double() for t in leaves(arguments)])
+        with relu_beside(signs):
+            want = evaluate(reference.attention_decoder, case, exact, [d.double() for d in dys])
+        for name, t in want.items():
+            farthest[name] = max(farthest.get(name, 0.0), oracle.distance(found[name], t))
+    return farthest
 
 
 def check(case: Case, dtype: torch.dtype, found: dict[str, Tensor]) -> None:
