@@ -13,6 +13,7 @@
 # PYTHON   the interpreter of the environment          default: python3
 # TORCH    what pip installs as torch                  default: 2.13.0, its CPU build where no GPU is found
 # VENV     the environment                             default: .venv
+# JOBS     processes that run tests                    default: 2; a good part of the time is compiling, on one core
 # ARGS     passed on to pytest, or to bench/run.py
 #
 # Where pip's own index has only CUDA builds of torch, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels first.
@@ -27,12 +28,14 @@ PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
 ISA ?=
+JOBS ?= 2
 ARGS ?=
 
 TORCH_VERSION := 2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 FORCED := $(if $(ISA),SEQKERN_CPU_ISA=$(ISA))
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder  # a file's tests in order, by one process
 ALL_ISAS = $$($(PY) -c 'import seqkern, torch; print(torch.ops.seqkern._cpu_isas())')
 
 help:
@@ -84,11 +87,11 @@ $(VENV)/toolkit.stamp: $(VENV)/installed.stamp
 # ---- what one comes for
 
 test: $(VENV)/built.stamp
-	$(FORCED) $(PY) -m pytest tests -q $(ARGS)
+	$(FORCED) $(PY) -m pytest tests -q $(SPREAD) $(ARGS)
 
 test-isa: $(VENV)/built.stamp
 	@for isa in $(or $(ISA),$(ALL_ISAS)); do \
-	  echo "SEQKERN_CPU_ISA=$$isa"; SEQKERN_CPU_ISA=$$isa $(PY) -m pytest tests -q $(ARGS); \
+	  echo "SEQKERN_CPU_ISA=$$isa"; SEQKERN_CPU_ISA=$$isa $(PY) -m pytest tests -q $(SPREAD) $(ARGS); \
 	done
 
 bench: $(VENV)/built.stamp

@@ -1,8 +1,8 @@
 """What every test shares: a report of what is under test, and thread counts that do not leak between tests."""
 
+import importlib
 import itertools
 import os
-import sys
 
 import pytest
 import torch
@@ -13,6 +13,11 @@ import seqkern  # noqa: F401  (registers the operators, whichever file runs alon
 def pytest_report_header() -> str:
     forced = os.environ.get("SEQKERN_CPU_ISA", "not forced")
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, SEQKERN_CPU_ISA {forced}"
+
+
+def pytest_collection_modifyitems(items):
+    """What compiles for minutes comes first: at the end one process would run it while the others have nothing left."""
+    items.sort(key=lambda item: "test_host_sanitizers" not in item.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -26,7 +31,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if found:
         terminalreporter.section("CUDA kernels executed on the host")
     for (file, name), cases in found.items():
-        seeds = getattr(sys.modules.get(os.path.basename(file).removesuffix(".py")), "SEEDS", None)
+        module = importlib.import_module(os.path.basename(file).removesuffix(".py"))  # another process may have run it
+        seeds = getattr(module, "SEEDS", None)
         columns = itertools.zip_longest(*(case.split("-") for case in cases), fillvalue="")
         parts = [", ".join(part for part in dict.fromkeys(column) if part) for column in columns]
         line = f"{file}::{name}: {len(cases)} passed" + (f", seeds {list(seeds)}" if seeds else "")

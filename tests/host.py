@@ -55,6 +55,15 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """For one process at a time: several run the tests."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(source: Path, name: str, flags: list[str], root: Path) -> Path:
     """The object file; of one name, the latest is kept."""
     if SANITIZE:
@@ -64,11 +73,12 @@ def _compile(source: Path, name: str, flags: list[str], root: Path) -> Path:
     files = sorted(_included(source))
     key = _key(CXX, FLAGS, flags, [(str(f.relative_to(root)), f.read_bytes()) for f in files])
     made = BUILD / f"{name}-{key}.o"
-    if not made.exists():
-        subprocess.run([CXX, *FLAGS, *flags, "-c", source, "-o", made.with_suffix(".new")], check=True)
-        for old in BUILD.glob(f"{name}-*.o"):
-            old.unlink()
-        made.with_suffix(".new").rename(made)
+    with _locked(name):
+        if not made.exists():
+            subprocess.run([CXX, *FLAGS, *flags, "-c", source, "-o", made.with_suffix(".new")], check=True)
+            for old in BUILD.glob(f"{name}-*.o"):
+                old.unlink()
+            made.with_suffix(".new").rename(made)
     return made
 
 
@@ -95,9 +105,7 @@ def build(part: str, variant: str = "", texts: dict[str, str] | None = None) -> 
     part_name = f"{part}_{variant}" if variant else part
     name = f"seqkern_testing_{part_name}"
     common = [f for f in sorted(TESTING.glob("*.cpp")) if f.stem != "module" and not f.stem.endswith("_module")]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock, _sources(texts or {}) as root:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(f"part-{part_name}"), _sources(texts or {}) as root:
         objects = [_compile(f, f.stem, [], ROOT) for f in common]
         objects.append(_compile(TESTING / "module.cpp", f"module_{part_name}", [f"-DSK_MODULE={name}"], ROOT))
         source = root / TESTING.relative_to(ROOT) / f"{part}_module.cpp"
