@@ -165,7 +165,7 @@ template <class C, class S> struct Backward : BackwardSums<C, S> {
                           if (j >= a.output) break;
                           direct(b0 + r0 + r, j, a.output - j, load(c + r * kColumns + v * kWidth));
                         }
-                    });
+                    }, t & 1);
     const S* dh_n = (const S*)a.dh_n;
     for (int64_t b = known; b < n; ++b)
       for (int64_t j = q.begin * kColumns; j < min64(q.end * kColumns, a.output); j += kWidth)
@@ -250,7 +250,7 @@ template <class C, class S> struct Backward : BackwardSums<C, S> {
                           if (j >= a.hidden) break;
                           cell(dir, s, t, b0 + r0 + r, j, a.hidden - j, load(c + r * kColumns + v * kWidth), grads);
                         }
-                    });
+                    }, t & 1);
   }
 
   // Initial state's gradient for the rows [begin, end), whose first step in time this, at t, was.

@@ -84,11 +84,12 @@ template <class A, class S> SK_INL Pack<typename AccOf<S>::Type> dots(const A* r
 // As multiply() on a cell's packed weights (team.h), but on w [G*H, k] itself, one row at a time.
 template <class C, class S, class Acc, class Done>
 SK_INL void multiply_direct(const Rows<S>& a, int64_t rows, const S* w, int64_t hidden, int64_t k, Range p, const Acc* init,
-                            const Done& done) {
+                            const Done& done, bool back = false) {
   constexpr int kWidth = Pack<Acc>::kWidth, kColumns = kCellVectors<C> * kWidth;
   alignas(64) Acc c[kColumns];
-  for (int64_t panel = p.begin; panel < p.end; ++panel)
+  for (int64_t q = p.begin; q < p.end; ++q)
     for (int64_t r = 0; r < rows; ++r) {
+      const int64_t panel = back ? p.begin + p.end - 1 - q : q;
       for (int u = 0; u < kUnitBlocks<C>; ++u)
         for (int g = 0; g < C::kGates; ++g) {
           const int v = u * C::kGates + g;

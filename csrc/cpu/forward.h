@@ -306,11 +306,11 @@ template <class C, class S> struct Forward {
     const Rows<S> h = s.h[i & 1].at(b0);
     if constexpr (kApart)
       if (joint)
-        return multiply_apart<kVectors, C::kGates>(h, end - b0, s.w_hh, a.output, p.begin, p.end, s.b_hh, s.b_ih, cells);
+        return multiply_apart<kVectors, C::kGates>(h, end - b0, s.w_hh, a.output, p.begin, p.end, s.b_hh, s.b_ih, cells, i & 1);
     if (direct_h)
-      multiply_direct<C>(h, end - b0, (const S*)a.weights[dir.d].w_hh, a.hidden, a.output, p, s.b_hh, cells);
+      multiply_direct<C>(h, end - b0, (const S*)a.weights[dir.d].w_hh, a.hidden, a.output, p, s.b_hh, cells, i & 1);
     else
-      multiply<kVectors>(h, end - b0, s.w_hh, p.begin, p.end, s.b_hh, cells);
+      multiply<kVectors>(h, end - b0, s.w_hh, p.begin, p.end, s.b_hh, cells, i & 1);
   }
 
   // h = W_hr full, in the output panels q.
@@ -329,7 +329,7 @@ template <class C, class S> struct Forward {
                           next.put(a.options.any ? math.entering(out, dir.time(i + 1), b, j, lanes) : out, b, j);
                           store(out, (S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output + j, lanes);
                         }
-                    });
+                    }, i & 1);
   }
 
   // h_n from each row's last output, c_n from what it carried.

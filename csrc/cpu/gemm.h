@@ -240,14 +240,17 @@ template <class S> struct Panels {
 
 // C = A B over `rows` rows and the panels [first, last_panel); done(panel, row, rows, tile) is called for each tile, whose
 // values stand dense in L1. The vector unit's rows are cut evenly: 8 rows are 4 + 4, not 6 + 2.
+// back: the last panel first. A product that is done at every step turns at each: the panels with which one step ends are
+// those that an inner cache still holds when the next begins.
 template <int kVectors, bool kSame = false, class S, class Done>
 SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t first, int64_t last_panel,
-                     const typename AccOf<S>::Type* init, const Done& done) {
+                     const typename AccOf<S>::Type* init, const Done& done, bool back = false) {
   using A = typename OperandOf<S>::Type;
   using Acc = typename AccOf<S>::Type;
   constexpr int kColumns = kVectors * Pack<Acc>::kWidth;
   constexpr int kMost = tile_rows(kVectors);
   if (rows <= 0) return;
+  const int64_t ends = first + last_panel - 1;
   const auto begin = [&](int64_t p) { return init ? init + p * kColumns : nullptr; };
 #ifdef SK_AMX
   if constexpr (kParts<S> > 0) {
@@ -260,8 +263,9 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
           done(last.panel, last.row + last.at, 1, last.c + last.at * kColumns);
       };
       int turn = 0;
-      for (int64_t p = first; p < last_panel; ++p)
+      for (int64_t q = first; q < last_panel; ++q)
         for (int64_t r = 0; r < rows; r += kTilePad, turn ^= 1) {
+          const int64_t p = back ? ends - q : q;
           const int64_t n = rows - r < kTilePad ? rows - r : kTilePad;
           const TileLeft left{(const Bf16*)a.data + r * a.row(), a.row(), a.ld};
           const int64_t pauses = tile_pauses<kParts<S>>(n, tile_blocks(b.k));
@@ -276,11 +280,12 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
 #endif
   const int64_t tiles = (rows + kMost - 1) / kMost;
   alignas(64) Acc c[kMost * kColumns];
-  for (int64_t p = first; p < last_panel; ++p)
+  for (int64_t q = first; q < last_panel; ++q)
     for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t p = back ? ends - q : q;
       const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
       // The tiles of a panel bring in the next one, a vector of each k each: only the first would wait for it otherwise.
-      const A* ahead = kSame && tiles > 1 && i < kVectors && p + 1 < last_panel ? b.panel(p + 1) + i * b.kWidth * kPair<A> : nullptr;
+      const A* ahead = kSame && tiles > 1 && i < kVectors && q + 1 < last_panel ? b.panel(back ? p - 1 : p + 1) + i * b.kWidth * kPair<A> : nullptr;
       tile_any<kVectors, kSame>(int(r1 - r0), TileArgs<A>{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), begin(p), c, false, ahead});
       done(p, r0, int(r1 - r0), c);
     }
@@ -291,14 +296,15 @@ SK_INL void multiply(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t
 template <int kVectors, int kApart, class S, class Done>
 SK_INL void multiply_apart(const Rows<S>& a, int64_t rows, const Panels<S>& b, int64_t split, int64_t first,
                            int64_t last_panel, const typename AccOf<S>::Type* init, const typename AccOf<S>::Type* then,
-                           const Done& done) {
+                           const Done& done, bool back = false) {
   using A = typename OperandOf<S>::Type;
   using Acc = typename AccOf<S>::Type;
   constexpr int kColumns = kVectors * Pack<Acc>::kWidth, kMost = tile_rows(kVectors);
   const int64_t tiles = (rows + kMost - 1) / kMost;
   alignas(64) Acc c[kMost * kColumns], apart[kMost * kColumns];
-  for (int64_t p = first; p < last_panel; ++p)
+  for (int64_t q = first; q < last_panel; ++q)
     for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t p = back ? first + last_panel - 1 - q : q;
       const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
       TileArgs<A> t{{a.plain(r0), a.ld, kPair<A>}, b.panel(p), b.pairs(), init + p * kColumns, c, false};
       t.split = split / kPair<A>;
