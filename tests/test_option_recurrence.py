@@ -85,25 +85,45 @@ def leaf_in(dtype):
     return lambda t: t.detach().to(dtype).requires_grad_()
 
 
-def truth(m, x, hx, dtype, **call):
+def truth(m, x, hx, dtype, beside=lambda t: t, **call):
     """In float64; for float64 itself in long double: the truth rounds its state at every step, too, and would be off by
     about as much as native."""
-    if dtype == torch.float64:
-        return by_reference(m, x, hx, exact, layer_norm, **call)
-    return by_reference(m, x, hx, leaf_in(torch.float64), **call)
+    wide, norm = (exact, layer_norm) if dtype == torch.float64 else (leaf_in(torch.float64), reference.layer_norm)
+    return by_reference(m, x, hx, lambda t: wide(beside(t)), norm, **call)
+
+
+def beside(draw):
+    """What moves each of a problem's tensors by up to 2^-8 of itself, alike for one draw; for draw 0 by nothing."""
+    g = torch.Generator()
+
+    def moved(t):
+        g.manual_seed(1000 * draw + t.numel())
+        return (t.detach().double() * (1 + (torch.rand(t.shape, generator=g) - 0.5) / 128)).to(t.dtype) if draw else t
+
+    return moved
 
 
 def check(m, x, hx, dtype, **call):
+    """Native's error is the farthest of four: the reference's on the problem and, if that is not enough, beside it.
+
+    How errors of rounding add up on one set of figures is chance: over 20 seeds of an LSTM with layer norm kernels and
+    reference erred alike in the median, but on one seed the reference's error was a tenth of its usual one.
+    """
     with mock.patch.object(functional, "reference_layer", side_effect=AssertionError("not on the kernels")):
         got = everything(m, x, hx, **call)
-    want = truth(m, x, hx, dtype, **call)
-    native = by_reference(m, x, hx, leaf_in(dtype), **call)
-    wrong = []
-    for name, t in got.items():
-        assert t.dtype == dtype
-        if text := oracle.fault(t, want[name], oracle.distance(native[name], want[name])):
-            wrong.append(f"{name} {text}")
-    assert not wrong, "\n".join(wrong)
+    assert all(t.dtype == dtype for t in got.values())
+    want = near_want = truth(m, x, hx, dtype, **call)
+    farthest = dict.fromkeys(got, 0.0)
+    for draw in range(4):
+        near = beside(draw)
+        if draw:
+            near_want = truth(m, x, hx, dtype, near, **call)
+        native = by_reference(m, x, hx, lambda t, near=near: leaf_in(dtype)(near(t)), **call)
+        farthest = {n: max(d, oracle.distance(native[n], near_want[n])) for n, d in farthest.items()}
+        wrong = [f"{n} {text}" for n, t in got.items() if (text := oracle.fault(t, want[n], farthest[n]))]
+        if not wrong:
+            return
+    raise AssertionError("\n".join(wrong))
 
 
 @each_variant

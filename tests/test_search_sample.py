@@ -78,14 +78,15 @@ def test_rows_and_steps_draw_apart():
 
 
 def test_seed_and_place_decide():
-    """The same generator draws the same again, and a row does not see the others."""
+    """The same generator draws the same again, and a row does not see the others: its score's last bit may, where the
+    encoder's products are cut to the batch."""
     model = make(30, 12).compile_search()
     source, lengths = sources(20, 5)
     first, again, other = (model.sample(source, lengths, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert first.sentences() == again.sentences() != other.sentences()
     shorter = model.sample(source[:, :7], lengths[:7], generator=torch.Generator().manual_seed(3))
     assert shorter.sentences() == first.sentences()[:7]
-    assert shorter.scores[0].tolist() == first.scores[0, :7].tolist()
+    torch.testing.assert_close(shorter.scores[0], first.scores[0, :7], atol=1e-5, rtol=1e-6)
 
 
 def test_scores_are_the_models_own():
