@@ -48,16 +48,17 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cpu_split(module: nn.Module, batch: int, time: int, cell: str) -> tuple[int, str]:
-    """Threads per layer and what each takes, as the engine itself plans the module's first layer."""
+def _cpu_split(module: nn.Module, batch: int, time: int, cell: str) -> tuple[int, str, bool]:
+    """Threads per layer, what each takes, and whether float32's products are a tile unit's, as the engine itself plans
+    the module's first layer."""
     bidirectional = getattr(module, "bidirectional", False)
     output = getattr(module, "proj_size", 0) or module.hidden_size
     ways = torch.ops.seqkern._cpu_plan(time, batch, module.input_size, module.hidden_size, output, cell, bidirectional)
-    directions, rows, units = ways
+    directions, rows, units, tiles = ways
     parts = [
         f"{n} {what}" for n, what in ((directions, "directions"), (rows, "row groups"), (units, "unit groups")) if n > 1
     ]
-    return directions * rows * units, " x ".join(parts) or "not split"
+    return directions * rows * units, " x ".join(parts) or "not split", bool(tiles)
 
 
 def _cuda_plan(
@@ -163,7 +164,10 @@ def explain(module: nn.Module, batch: int, time: int, device: torch.device | str
     why = f"fused kernels for {cell} in {_short(dtype)}, compiled for {isa}"
     if special:
         return Plan(f"cpu-{isa}", f"{why}; {special}: the recurrence, by rows of the batch, and torch's products", call)
-    return Plan(f"cpu-{isa}", why, call, *_cpu_split(module, batch, time, cell))
+    threads, split, tiles = _cpu_split(module, batch, time, cell)
+    if isa == "amx" and dtype == torch.float32:
+        why += "; products on the tile unit forward, on vectors backward" if tiles else "; products on vectors"
+    return Plan(f"cpu-{isa}", why, call, threads, split)
 
 
 def report() -> str:

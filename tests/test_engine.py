@@ -35,6 +35,26 @@ def test_long_sums_in_one_product(cell, inputs, hidden, dtype):
     check(case, dtype, evaluate(engine, case, make_inputs(case, dtype), make_cotangents(case, dtype)))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"T": 3, "B": 18, "I": 37, "H": 247},
+        {"T": 2, "B": 130, "I": 5, "H": 95, "bias": False},
+        {"lengths": (3,) * 11 + (2,) * 6 + (1,) * 6, "I": 70, "H": 220, "bidirectional": True},
+        {"T": 2, "B": 40, "I": 8, "H": 330, "proj": 81},
+    ],
+    ids=lambda shape: "-".join(shape),
+)
+def test_float_where_a_tile_unit_takes_it(cell, shape):
+    """float32 from the sizes on at which `float_on_tiles` in csrc/cpu/plan.h says so; the cases above are smaller."""
+    if "proj" in shape and cell != "lstm":
+        pytest.skip("the LSTM's alone")
+    case = Case(f"float_on_tiles_{'_'.join(shape)}-{cell}", cell, **shape)
+    made = make_inputs(case, torch.float32)
+    check(case, torch.float32, evaluate(engine, case, made, make_cotangents(case, torch.float32)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "name", ["h_tail-lstm", "bidirectional-gru", "packed-rnn_relu", "proj-lstm", "one_row-rnn_tanh"]

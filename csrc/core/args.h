@@ -185,6 +185,7 @@ struct RandomArgs {
 
 struct CpuKernels {
   const char* isa;
+  bool tiles;                 // whether products go to a tile unit
   int64_t min_rows[kDtypes];  // of a part of the batch: fewer leave the tiles of the products half empty
   Kernel forward[kCells][kDtypes];
   Kernel backward[kCells][kDtypes];

@@ -119,6 +119,15 @@ std::string cpu_isas() {
 }
 
 const CpuKernels& cpu_kernels() { return *chosen_isa().kernels; }
+const CpuKernels& vector_kernels() {
+  static const CpuKernels& vector = [&]() -> const CpuKernels& {
+    const CpuKernels* best = cpu_kernels().tiles ? nullptr : &cpu_kernels();
+    for (const Isa& isa : best ? std::vector<Isa>{} : runnable())
+      if (!isa.kernels->tiles && std::strcmp(isa.name, "generic")) best = isa.kernels;
+    return best ? *best : cpu_kernels();
+  }();
+  return vector;
+}
 const RecurrenceKernels& cpu_recurrences() { return *chosen_isa().recurrences; }
 const DecoderKernels& decoder_kernels() { return *chosen_isa().decoder; }
 const ProjectKernels& project_kernels() { return *chosen_isa().project; }

@@ -7,9 +7,10 @@
 #include "../core/search_args.h"
 
 namespace seqkern {
-// The fastest that this CPU runs, or the one that SEQKERN_CPU_ISA names (generic, avx2, avx512, avx512_bf16). Chosen
+// The fastest that this CPU runs, or the one that SEQKERN_CPU_ISA names (generic, avx2, avx512, avx512_bf16, amx). Chosen
 // once; a name that is unknown or that this CPU cannot run is an error.
 const CpuKernels& cpu_kernels();
+const CpuKernels& vector_kernels();  // the same, but for a CPU with a tile unit those that leave it alone
 const DecoderKernels& decoder_kernels();
 const ProjectKernels& project_kernels();
 const SearchKernels& search_kernels();

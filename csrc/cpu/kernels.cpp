@@ -61,7 +61,7 @@ template <class S> int64_t burst(int64_t n) {
   {SK_DTYPES(kernel, RnnTanh), SK_DTYPES(kernel, RnnRelu), SK_DTYPES(kernel, Lstm), SK_DTYPES(kernel, Gru)}
 extern const CpuKernels kKernels;
 template <class S> constexpr int64_t kMinRows = kParts<S> > 1 ? kTilePad : 4;
-const CpuKernels kKernels = {SK_TEXT(SK_NS), {kMinRows<double>, kMinRows<float>, kMinRows<Bf16>, kMinRows<F16>}, SK_CELLS(kForward), SK_CELLS(kBackward), &math<float>, &math<double>,
+const CpuKernels kKernels = {SK_TEXT(SK_NS), kParts<Bf16> > 0, {kMinRows<double>, kMinRows<float>, kMinRows<Bf16>, kMinRows<F16>}, SK_CELLS(kForward), SK_CELLS(kBackward), &math<float>, &math<double>,
                              {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>},
                              {&bernoulli<double>, &bernoulli<float>, &bernoulli<Bf16>, &bernoulli<F16>},
                              {SK_DTYPES(kScan, MinGru<LinearCandidate>), SK_DTYPES(kScan, MinGru<PositiveCandidate>),

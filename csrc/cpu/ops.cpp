@@ -17,10 +17,16 @@
 
 namespace seqkern {
 namespace {
-void execute(LayerArgs& a, const Kernel& kernel, int64_t gates, const std::vector<int64_t>& sizes, Dtype dtype) {
-  const int64_t min_rows = cpu_kernels().min_rows[int(dtype)];
+const CpuKernels& layer_kernels(Dtype dtype, bool backward, int64_t batch, int64_t hidden, int64_t output) {
+  return dtype == Dtype::kF32 && !float_on_tiles(backward, batch, hidden, output) ? vector_kernels() : cpu_kernels();
+}
+
+void execute(LayerArgs& a, bool backward, const CellInfo& cell, const std::vector<int64_t>& sizes, Dtype dtype) {
+  const CpuKernels& all = layer_kernels(dtype, backward, a.batch, a.hidden, a.output);
+  const Kernel& kernel = (backward ? all.backward : all.forward)[int(cell.cell)][int(dtype)];
+  const int64_t min_rows = all.min_rows[int(dtype)];
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
-    a.plan = make_plan(a.steps, a.batch, a.input, a.hidden, a.output, gates, a.directions,
+    a.plan = make_plan(a.steps, a.batch, a.input, a.hidden, a.output, cell.gates, a.directions,
                        dtype == Dtype::kF64 ? 8 : 4, min_rows, threads);
     std::vector<int64_t> bounds = cut_rows(sizes, a.batch, a.rows, a.plan.rows);
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
@@ -58,7 +64,7 @@ ForwardOutputs run_forward(Tensor x, Optional h0, Optional c0, Tensors weights, 
   a.c_n = lstm ? data(c_n) : nullptr;
   set_options(a, p, x, o, false, kUnitsOfFlow);
   const Dtype dtype = kernel_dtype(cell, x.scalar_type());
-  execute(a, cpu_kernels().forward[int(p.cell.cell)][int(dtype)], p.cell.gates, p.sizes, dtype);
+  execute(a, false, p.cell, p.sizes, dtype);
   return {y, h_n, c_n, reserve};
 }
 
@@ -113,7 +119,7 @@ BackwardOutputs run_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x
   a.dc0 = lstm ? data(dc0) : nullptr;
   for (int64_t d = 0; d < p.directions && need_dw; ++d) a.dweights[d] = weights_at(p, dweights, d);
   const Dtype dtype = kernel_dtype(cell, x.scalar_type());
-  execute(a, cpu_kernels().backward[int(p.cell.cell)][int(dtype)], p.cell.gates, p.sizes, dtype);
+  execute(a, true, p.cell, p.sizes, dtype);
   return {dx, dh0, dc0, dweights};
 }
 
@@ -186,10 +192,11 @@ double peak(std::string dtype, int64_t threads) {
 
 std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, std::string cell,
                           bool bidirectional) {
+  const CpuKernels& all = layer_kernels(Dtype::kF32, false, batch, hidden, output);
   const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1, 4,
-                           cpu_kernels().min_rows[int(Dtype::kF32)],
+                           all.min_rows[int(Dtype::kF32)],
                            int(torch::stable::get_num_threads()));
-  return {p.directions, p.rows, p.units};
+  return {p.directions, p.rows, p.units, all.tiles};
 }
 }  // namespace
 
@@ -217,7 +224,7 @@ void one_step(const OneStep& s) {
   a.y = s.y;
   a.h_n = s.h_n;
   a.c_n = s.c_n;
-  execute(a, cpu_kernels().forward[int(cell.cell)][s.dtype], cell.gates, sizes, Dtype(s.dtype));
+  execute(a, false, cell, sizes, Dtype(s.dtype));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
