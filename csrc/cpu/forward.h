@@ -24,7 +24,7 @@ template <class C, class S> struct Forward {
 
   // Packing takes about a cycle an element. Reading weights where they lie costs, a row and element, about a twentieth
   // more; nothing where they come from an outer cache either way.
-  static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = 3 << 19;
+  static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = kIsBf16<S> && kParts<S> ? 1 << 17 : 3 << 19;
 
   const LayerArgs& a;
   bool direct_x, direct_h, tiles_x, tiles_h, joint;

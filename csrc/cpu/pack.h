@@ -16,6 +16,8 @@ namespace seqkern { namespace SK_NS { namespace {
 
 struct Bf16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
+template <class S> constexpr bool kIsBf16 = false;
+template <> constexpr bool kIsBf16<Bf16> = true;
 
 template <class T> struct IntOf;
 template <> struct IntOf<float> { using Type = int32_t; };
