@@ -122,3 +122,29 @@ def test_nan_leaves_its_neighbours_alone(dtype):
             assert found[place].isnan()
             found[place] = want[place]
             assert torch.equal(found, want)
+
+
+COARSE = pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+
+
+@COARSE
+@pytest.mark.parametrize("bound", [1e-3, 8.0, 80.0])
+def test_for_bf16_error_is_a_fraction_of_its_rounding(name, bound):
+    """As bfloat16's cells compute them, in float32: a sixteenth of bf16's rounding error, 2^-9, near zero too."""
+    x = torch.cat([torch.empty(200_000).uniform_(-bound, bound), samples(torch.float32, bound)])
+    exact = getattr(torch, name)(x.double())
+    found = evaluate(f"{name}_bf16", x)
+    assert ((found.double() - exact).abs() <= exact.abs() / 2**13 + torch.finfo(torch.float32).tiny).all()
+    assert (found.bfloat16().abs() <= 1).all()
+
+
+@COARSE
+def test_for_bf16_limits(name):
+    x = torch.tensor([INF, -INF, 3e38, -3e38, 200, -200, 0.0, NAN])
+    want = torch.tensor({"tanh": [1.0, -1, 1, -1, 1, -1, 0, NAN], "sigmoid": [1.0, 0, 1, 0, 1, 0, 0.5, NAN]}[name])
+    torch.testing.assert_close(evaluate(f"{name}_bf16", x), want, rtol=2**-13, atol=0, equal_nan=True)
+
+
+def test_for_bf16_is_for_float32():
+    with pytest.raises(RuntimeError, match="tanh_bf16 is for float32, got float64"):
+        evaluate("tanh_bf16", torch.zeros(1, dtype=torch.float64))

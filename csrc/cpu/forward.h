@@ -275,7 +275,8 @@ template <class C, class S> struct Forward {
         for (int u = 0; u < kBlocks; ++u) {
           const int64_t j = (panel * kBlocks + u) * kWidth, lanes = a.hidden - j;
           if (lanes <= 0) break;
-          V x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry(0);
+          using Cell = typename CellPackOf<S>::Type;
+          Cell x[C::kGates], h[C::kGates], saved[C::kSaved ? C::kSaved : 1], out, carry(0);
           for (int g = 0; g < C::kGates; ++g) {
             x[g] = load(gx_row + (u * C::kGates + g) * kWidth);
             h[g] = load(c + r * kColumns + (u * C::kGates + g) * kWidth);

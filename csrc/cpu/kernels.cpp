@@ -16,9 +16,14 @@ template <class C, class S> constexpr Kernel kBackward{&Backward<C, S>::scratch,
 template <class C, class S> constexpr ScanKernel kScan{&Scan<C, S>::forward, &Scan<C, S>::backward};
 
 template <class T> void math(const char* name, const T* x, T* y, int64_t n) {
+  const bool for_bf16 = sizeof(T) == 4 && strstr(name, "_bf16");
   for (int64_t i = 0; i < n; i += Pack<T>::kWidth) {
     Pack<T> v = load(x + i, n - i);
-    v = name[0] == 'e' ? exp_(v) : name[0] == 't' ? tanh_(v) : sigmoid(v);
+    if constexpr (sizeof(T) == 4) {
+      const CellPackOf<Bf16>::Type cell = v;
+      if (for_bf16) v = name[0] == 't' ? tanh_(cell) : sigmoid(cell);
+    }
+    if (!for_bf16) v = name[0] == 'e' ? exp_(v) : name[0] == 't' ? tanh_(v) : sigmoid(v);
     store(v, y + i, n - i);
   }
 }

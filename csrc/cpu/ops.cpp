@@ -161,8 +161,11 @@ std::string isa() { return cpu_kernels().isa; }
 std::string isas() { return cpu_isas(); }
 
 Tensor math(Tensor x, std::string name) {
-  STD_TORCH_CHECK(name == "exp" || name == "tanh" || name == "sigmoid", "name must be exp, tanh or sigmoid, got ",
-                  name);
+  const bool for_bf16 = name == "tanh_bf16" || name == "sigmoid_bf16";  // of float, as a cell of bf16 computes it
+  STD_TORCH_CHECK(name == "exp" || name == "tanh" || name == "sigmoid" || for_bf16,
+                  "name must be exp, tanh, sigmoid, tanh_bf16 or sigmoid_bf16, got ", name);
+  STD_TORCH_CHECK(!for_bf16 || x.scalar_type() == ScalarType::Float, name, " is for float32, got ",
+                  dtype_name(x.scalar_type()));
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "x must be float32 or float64, got ", dtype_name(x.scalar_type()));
   x = dense(x);

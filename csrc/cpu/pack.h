@@ -296,6 +296,43 @@ template <class T> SK_INL Pack<T> tanh_(Pack<T> x) {
   V scale = power_of_two(e.n), t = divide_by_two_more(e.expm1 * scale + (scale - V(1)));
   return V::wrap((typename V::Vec)((Int)t.v | sign));
 }
+// What a cell of storage type S computes in: where it is bf16, whose half ulp is 2^-9, functions to 2^-13 are enough.
+template <class S> struct CellPackOf { using Type = Pack<typename AccOf<S>::Type>; };
+#if SK_VEC_BYTES == 64
+struct Coarse : Pack<float> {
+  SK_INL Coarse() {}
+  SK_INL Coarse(Pack<float> x) : Pack<float>(x) {}
+  SK_INL explicit Coarse(float x) : Pack<float>(x) {}
+};
+template <> struct CellPackOf<Bf16> { using Type = Coarse; };
+SK_INL Coarse operator+(Coarse a, Coarse b) { return Pack<float>::wrap(a.v + b.v); }
+SK_INL Coarse operator-(Coarse a, Coarse b) { return Pack<float>::wrap(a.v - b.v); }
+SK_INL Coarse operator*(Coarse a, Coarse b) { return Pack<float>::wrap(a.v * b.v); }
+SK_INL __m512 power_of_two(__m512 by, __m512 x) { return _mm512_scalef_ps(x, by); }  // x 2^floor(by), to 0 and infinity
+
+// 1 / (1 + 2^t), t = -x log2(e): 2^f by a polynomial in what is left of t above its floor, relative error 2^-13.7.
+SK_INL Coarse sigmoid(Coarse x) {
+  using V = Pack<float>;
+  constexpr int kAboveFloor = 0x01 | 0x08;
+  const V t = V(x) * V(-1.44269504f);
+  const V f = V::wrap((V::Vec)_mm512_reduce_ps((__m512)t.v, kAboveFloor));
+  const V p = V(0.99992526f) + f * (V(0.69583321f) + f * (V(0.22606757f) + f * V(0.07802449f)));
+  const V e = V::wrap((V::Vec)power_of_two((__m512)t.v, (__m512)p.v));
+  return V::wrap((V::Vec)_mm512_rcp14_ps((__m512)(V(1) + e).v));
+}
+// m / (m + 2) with m = 2^t - 1, t = 2 x log2(e) = n + f: 2^f - 1 to 2^-16 of itself, so that small x come out as exactly.
+SK_INL Coarse tanh_(Coarse x) {
+  using V = Pack<float>;
+  constexpr int kNearest = 0x00 | 0x08;
+  const V t = at_most(x, 20.f) * V(2.88539008f);
+  const V n = V::wrap((V::Vec)_mm512_roundscale_ps((__m512)t.v, kNearest));
+  const V f = V::wrap((V::Vec)_mm512_reduce_ps((__m512)t.v, kNearest));  // t - n, and 0 where both are infinite
+  const V q = V(0.69313687f) + f * (V(0.24023253f) + f * (V(0.05583733f) + f * V(0.00961811f)));
+  const V scale = V::wrap((V::Vec)power_of_two((__m512)n.v, (__m512)V(1).v));
+  const V m = f * q * scale + (scale - V(1));
+  return m * V::wrap((V::Vec)_mm512_rcp14_ps((__m512)(m + V(2)).v));
+}
+#endif
 template <class T> SK_INL Pack<T> relu(Pack<T> x) {
   Pack<T> zero(0);
   return Pack<T>::wrap(x.v < zero.v ? zero.v : x.v);
