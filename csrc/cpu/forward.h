@@ -21,13 +21,16 @@ template <class C, class S> struct Forward {
   static constexpr int64_t kNearWeights = 5 << 18, kExchangeChunk = 1 << 20;
   // Inputs that are copied at a time: little beside the weights in L2, or again more where those do not fit.
   static constexpr int64_t kLeastPass = 64 << 10;
+  // All of a call's inputs up to this are projected at once, and each panel of W_ih is packed when it is used: its way to
+  // an outer cache and back would take as long as the packing.
+  static constexpr int64_t kNearInputs = 256 << 10;
 
   // Packing takes about a cycle an element. Reading weights where they lie costs, a row and element, about a twentieth
   // more; nothing where they come from an outer cache either way.
   static constexpr int64_t kDirectRows = 24, kDirectBatch = 2, kDirectBytes = kIsBf16<S> && kParts<S> ? 1 << 17 : 3 << 19;
 
   const LayerArgs& a;
-  bool direct_x, direct_h, tiles_x, tiles_h, joint;
+  bool direct_x, direct_h, tiles_x, tiles_h, joint, in_turn;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows, pass_rows;
 
   // Shared by the threads of a direction.
@@ -42,6 +45,7 @@ template <class C, class S> struct Forward {
   struct Own {
     Rows<S> x;  // [pass_rows][ldx] inputs of part of a chunk, dense
     Acc* gx;    // [chunk_rows][own panels][kColumns] projected inputs of a chunk
+    Panels<S> w_ih;  // one panel, where each is packed only when its turn has come
   };
 
   explicit Forward(const LayerArgs& args) : a(args) {
@@ -71,6 +75,9 @@ template <class C, class S> struct Forward {
     const Rows<S> x{nullptr, ldx, tiles_x};
     pass_rows = bytes > kLeastChunk ? chunk_rows : kLeastPass / (x.row() * x.element_bytes(tiles_x));
     pass_rows = min64(chunk_rows, max64(pass_rows / kTilePad, 1) * kTilePad);
+    in_turn = !direct_x && !tiles_x && !joint && a.plan.rows == 1 && chunk >= a.steps &&
+              chunk_rows * x.row() * x.element_bytes(false) <= kNearInputs;
+    if (in_turn) pass_rows = chunk_rows;
   }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
   // What the last gate has of h stands apart from what it has of x: the GRU's n = tanh(x_n + r h_n).
@@ -86,7 +93,7 @@ template <class C, class S> struct Forward {
 
   Shared shared(Arena& m) const {
     Shared s;
-    s.w_ih = m.panels<S>(direct_x || joint ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
+    s.w_ih = m.panels<S>(direct_x || joint || in_turn ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
     s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output + (joint ? a.input : 0), kVectors, tiles_h, a.plan.units);
     s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h, a.plan.units);
     s.b_ih = m.take<Acc>(panels * kColumns);
@@ -99,6 +106,7 @@ template <class C, class S> struct Forward {
   Own own(Arena& m) const {
     Own o;
     o.x = m.rows<S>(joint ? 0 : pass_rows, ldx, tiles_x);
+    o.w_ih = m.panels<S>(in_turn ? 1 : 0, a.input, kVectors, tiles_x);
     o.gx = m.take<Acc>(joint ? kColumns : chunk_rows * ceil_div(panels, a.plan.units) * kColumns);
     return o;
   }
@@ -135,7 +143,7 @@ template <class C, class S> struct Forward {
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     Range p = part(panels, me.in_direction(), me.direction_size());
-    if (!direct_x && !joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
+    if (!direct_x && !joint && !in_turn) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
     if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, p.begin, p.end, 0, a.output);
     if (joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_hh, p.begin, p.end, a.output, a.input);
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
@@ -219,6 +227,13 @@ template <class C, class S> struct Forward {
       };
       if (direct_x)
         multiply_direct<C>(o.x, rows, (const S*)a.weights[dir.d].w_ih, a.hidden, a.input, p, s.b_ih, keep);
+      else if (in_turn)
+        for (int64_t i = p.begin; i < p.end; ++i) {
+          Panels<S> one = o.w_ih;
+          one.data -= i * one.bytes();
+          pack_gates<C>((const S*)a.weights[dir.d].w_ih, a.hidden, one, i, i + 1);
+          multiply<kVectors>(o.x, rows, one, i, i + 1, s.b_ih, keep);
+        }
       else
         multiply<kVectors>(o.x, rows, s.w_ih, p.begin, p.end, s.b_ih, keep);
       done += rows;
