@@ -98,7 +98,8 @@ def beside(draw):
 
     def moved(t):
         g.manual_seed(1000 * draw + t.numel())
-        return (t.detach().double() * (1 + (torch.rand(t.shape, generator=g) - 0.5) / 128)).to(t.dtype) if draw else t
+        factor = 1 + (torch.rand(t.shape, generator=g) - 0.5) / 128 if draw else 1.0
+        return (t.detach().double() * factor).to(t.dtype).requires_grad_(t.requires_grad)
 
     return moved
 
