@@ -83,12 +83,14 @@ template <class C, class S> struct Forward {
   // What the last gate has of h stands apart from what it has of x: the GRU's n = tanh(x_n + r h_n).
   static constexpr bool kApart = C::kCarry == Carry::kHidden;
   // Whether [h x] [W_hh W_ih] is one product, step by step: the sums of a step's inputs are neither stored nor read, and a
-  // tile is begun and ended once for both. W_ih is then read at every step: from L2, or by enough rows to hide it.
+  // tile is begun and ended once for both. W_ih is then read at every step: from L2, or by enough rows to hide it. One
+  // row waits for W_hh already.
   bool joins(int64_t most) const {
-    constexpr int64_t kManyRows = 12, kNear = 3 << 18, kFar = 3 << 20;
+    constexpr int64_t kFewRows = 4, kManyRows = 12, kInner = 3 << 17, kNear = 3 << 18, kFar = 3 << 20;
     const int64_t bytes = (a.input + a.output) * ceil_div(panels, a.plan.units) * kColumns * int64_t(sizeof(A));
-    return !projected() && !direct_x && !direct_h && !tiles_x && !tiles_h &&
-           a.hidden % (kWidth * kBlocks) == 0 && bytes <= (most < kManyRows ? kNear : kFar);
+    return !projected() && !direct_x && !direct_h && !tiles_x && !tiles_h && most > 1 &&
+           a.hidden % (kWidth * kBlocks) == 0 &&
+           bytes <= (most < kFewRows ? kInner : most < kManyRows ? kNear : kFar);
   }
 
   Shared shared(Arena& m) const {
