@@ -127,6 +127,8 @@ STABLE_TORCH_LIBRARY(seqkern, m) {
   m.def("_cpu_isa() -> str");                          // the instruction set in use
   m.def("_cpu_isas() -> str");                         // those that this CPU can run
   m.def("_cpu_math(Tensor x, str name) -> Tensor");    // exp, tanh or sigmoid as the kernels compute it
+  m.def("_cpu_mark(Tensor x) -> int");                  // of its bits: csrc/cpu/marks.h
+  m.def("_cpu_kept_weights() -> int[]");                // layers whose packed weights are kept, and their bytes
   m.def("_cpu_peak(str dtype, int threads) -> float");  // GF/s of multiply-adds on registers
   // The work split of a call: directions at once, parts of the batch, parts of the hidden units.
   m.def("_cpu_plan(int steps, int batch, int input, int hidden, int output, str cell, bool bidirectional) -> int[]");

@@ -15,7 +15,7 @@ import torch
 import seqkern.ops  # noqa: F401  (loads the operators)
 
 HERE = Path(__file__).parent
-FILES = ["test_engine.py", "test_engine_grads.py", "test_engine_numerics.py", "test_math.py"]
+FILES = ["test_engine.py", "test_engine_grads.py", "test_engine_numerics.py", "test_math.py", "test_kept_weights.py"]
 FILES += ["test_option_recurrence.py", "test_attention_decoder.py", "test_search_compiled.py"]
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 

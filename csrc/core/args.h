@@ -86,12 +86,19 @@ struct LayerArgs {
   const int64_t* row_bounds;  // [plan.rows + 1]: row part r has rows row_bounds[r] to row_bounds[r+1]
   Barrier* barriers;          // [1 + kMaxDirections * (1 + plan.rows)]: all; a direction; its row parts
   char* scratch;              // as many bytes as scratch() asked for, 64-byte aligned
+  bool keep;        // pack weights in the form in which they are kept from call to call
+  char* kept;       // where they are, or null: there was no room
+  uint64_t* marks;  // of the weights that those were packed from
 };
+
+// What a forward call packs of its weights: bytes, panels, and everything else on which their form depends.
+struct Packing { int64_t bytes, marks, form; };
 
 // One cell in one dtype: how many bytes of scratch a call needs, and the work of thread `tid` of plan.threads().
 struct Kernel {
   int64_t (*scratch)(const LayerArgs&);
   void (*run)(const LayerArgs&, int tid);
+  Packing (*packing)(const LayerArgs&);  // of a call with `keep`; null for backward
 };
 
 // Cells that are linear in their state (scan_cells.h).
@@ -196,6 +203,7 @@ struct CpuKernels {
   void (*bernoulli[kDtypes])(void* to, int64_t begin, int64_t end, const RandomArgs&);
   ScanKernel scan[kScanCells][kDtypes];
   int64_t scan_bytes;  // of a vector
+  uint64_t (*mark)(const void* from, int64_t bytes);  // by which changed weights are seen
 };
 
 }  // namespace seqkern

@@ -5,6 +5,7 @@
 #pragma once
 #include "../core/cells.h"
 #include "direct.h"
+#include "marks.h"
 #include "options.h"
 
 namespace seqkern { namespace SK_NS { namespace {
@@ -33,9 +34,9 @@ template <class C, class S> struct Forward {
   bool direct_x, direct_h, tiles_x, tiles_h, joint, in_turn;
   int64_t panels, out_panels, wide, ldh, ldu, ldx, carry_ld, chunk, chunk_rows, pass_rows;
 
+  struct Packed { Panels<S> w_ih, w_hh, w_hr; };
   // Shared by the threads of a direction.
-  struct Shared {
-    Panels<S> w_ih, w_hh, w_hr;
+  struct Shared : Packed {
     Acc *b_ih, *b_hh;
     Rows<S> h[2];  // [B][ldh] state before and after a step, by turns
     Rows<S> full;  // [B][ldu] the LSTM's output before projection
@@ -66,7 +67,7 @@ template <class C, class S> struct Forward {
     chunk_rows = chunk * most;
     direct_x = a.rows <= kDirectBatch;
     const int64_t packed_bytes = kParts<S> ? kParts<S> * 2 : sizeof(A);
-    direct_h = a.batch <= kDirectBatch &&
+    direct_h = (!a.keep || kParts<S>) && a.batch <= kDirectBatch &&
                (a.rows <= kDirectRows || a.output * ceil_div(panels, a.plan.units) * kColumns * packed_bytes > kDirectBytes);
     tiles_x = !direct_x && use_tiles<S>(chunk_rows);
     tiles_h = !direct_h && use_tiles<S>(most);
@@ -75,7 +76,7 @@ template <class C, class S> struct Forward {
     const Rows<S> x{nullptr, ldx, tiles_x};
     pass_rows = bytes > kLeastChunk ? chunk_rows : kLeastPass / (x.row() * x.element_bytes(tiles_x));
     pass_rows = min64(chunk_rows, max64(pass_rows / kTilePad, 1) * kTilePad);
-    in_turn = !direct_x && !tiles_x && !joint && a.plan.rows == 1 && chunk >= a.steps &&
+    in_turn = !a.keep && !direct_x && !tiles_x && !joint && a.plan.rows == 1 && chunk >= a.steps &&
               chunk_rows * x.row() * x.element_bytes(false) <= kNearInputs;
     if (in_turn) pass_rows = chunk_rows;
   }
@@ -93,11 +94,30 @@ template <class C, class S> struct Forward {
            bytes <= (most < kFewRows ? kInner : most < kManyRows ? kNear : kFar);
   }
 
+  Packed packed(Arena& m) const {
+    Packed p;
+    p.w_ih = m.panels<S>(direct_x || joint || in_turn ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
+    p.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output + (joint ? a.input : 0), kVectors, tiles_h, a.plan.units);
+    p.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h, a.plan.units);
+    return p;
+  }
+  Packed kept(int d) const {
+    Arena m{a.kept};
+    Packed p = packed(m);
+    for (; d > 0; --d) p = packed(m);
+    return p;
+  }
+  int64_t marks() const { return 2 * panels + out_panels; }  // of a direction
+  static Packing packing(const LayerArgs& args) {
+    const Forward f(args);
+    Arena m{nullptr};
+    for (int d = 0; d < args.directions; ++d) f.packed(m);
+    return {m.used, args.directions * f.marks(),
+            f.direct_x | f.direct_h << 1 | f.joint << 2 | f.tiles_x << 3 | f.tiles_h << 4 | args.plan.units << 5};
+  }
   Shared shared(Arena& m) const {
     Shared s;
-    s.w_ih = m.panels<S>(direct_x || joint || in_turn ? 0 : panels, a.input, kVectors, tiles_x, a.plan.units);
-    s.w_hh = m.panels<S>(direct_h ? 0 : panels, a.output + (joint ? a.input : 0), kVectors, tiles_h, a.plan.units);
-    s.w_hr = m.panels<S>(out_panels, a.hidden, kWide, tiles_h, a.plan.units);
+    if (!a.kept) (Packed&)s = packed(m);
     s.b_ih = m.take<Acc>(panels * kColumns);
     s.b_hh = m.take<Acc>(panels * kColumns);
     for (Rows<S>& h : s.h) h = m.rows<S>(a.batch, ldh, tiles_h);
@@ -113,7 +133,7 @@ template <class C, class S> struct Forward {
     return o;
   }
   static int64_t scratch(const LayerArgs& args) {
-    Forward f(args);
+    const Forward f(args);
     Arena m{nullptr};
     for (int d = 0; d < args.plan.directions; ++d) f.shared(m);
     for (int t = 0; t < args.plan.threads(); ++t) f.own(m);
@@ -121,7 +141,7 @@ template <class C, class S> struct Forward {
   }
 
   static void run(const LayerArgs& args, int tid) {
-    Forward f(args);
+    const Forward f(args);
     Member me(args, tid);
     TileUse tiles(f.tiles_x || f.tiles_h);
     Arena m{args.scratch};
@@ -133,31 +153,54 @@ template <class C, class S> struct Forward {
     }
     for (int t = 0; t <= tid; ++t) o = f.own(m);
     if (args.plan.directions == args.directions) {
+      if (args.kept) (Packed&)s = f.kept(me.direction);
       f.direction(me, me.direction, s, o);
     } else {
       for (int d = 0; d < args.directions; ++d) {
+        if (args.kept) (Packed&)s = f.kept(d);
         f.direction(me, d, s, o);
         me.meet_direction();  // before the next direction's weights overwrite these
       }
     }
   }
 
+  // Whether panel `i` was packed from other weights than w [rows of the cell's units][k], or never.
+  bool changed(int d, int64_t i, const void* w, int64_t k, int gates, int64_t first, int64_t last) const {
+    if (!a.kept) return true;
+    uint64_t mark = 0;
+    const int64_t row = k * int64_t(sizeof(S)), n = min64(a.hidden, last) - first;
+    for (int g = 0; g < gates; ++g) mark = mixed(mark, mark_of((const char*)w + (g * a.hidden + first) * row, n * row));
+    mark = mark ? mark : 1;
+    uint64_t& known = a.marks[d * marks() + i];
+    const bool other = mark != known;
+    known = mark;
+    return other;
+  }
+
   void pack(const Member& me, int d, const Shared& s) const {
     const Weights& w = a.weights[d];
     Range p = part(panels, me.in_direction(), me.direction_size());
-    if (!direct_x && !joint && !in_turn) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, p.begin, p.end);
-    if (!direct_h) pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, p.begin, p.end, 0, a.output);
-    if (joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_hh, p.begin, p.end, a.output, a.input);
+    for (int64_t i = p.begin; i < p.end; ++i) {
+      const int64_t first = i * kBlocks * kWidth, last = first + kBlocks * kWidth;
+      if (!direct_x && !in_turn && changed(d, i, w.w_ih, a.input, C::kGates, first, last)) {
+        if (joint) pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_hh, i, i + 1, a.output, a.input);
+        else pack_gates<C>((const S*)w.w_ih, a.hidden, s.w_ih, i, i + 1);
+      }
+      if (!direct_h && changed(d, panels + i, w.w_hh, a.output, C::kGates, first, last))
+        pack_gates<C>((const S*)w.w_hh, a.hidden, s.w_hh, i, i + 1, 0, a.output);
+    }
     pack_bias<C>((const S*)w.b_ih, a.hidden, s.b_ih, p.begin, p.end);
     pack_bias<C>((const S*)w.b_hh, a.hidden, s.b_hh, p.begin, p.end);
     for (int64_t i = p.begin * kColumns; joint && i < p.end * kColumns; ++i)
       if (!kApart || i / kWidth % C::kGates != C::kGates - 1) s.b_hh[i] += s.b_ih[i];
     Range q = part(out_panels, me.in_direction(), me.direction_size());
-    for (int64_t i = q.begin; i < q.end; ++i)
+    for (int64_t i = q.begin; i < q.end; ++i) {
+      if (!changed(d, 2 * panels + i, w.w_hr, a.hidden, 1, i * wide, min64(a.output, (i + 1) * wide))) continue;
       for (int v = 0; v < kWide; ++v) {
         const int64_t j = i * wide + v * kWidth;
         pack_columns((const S*)w.w_hr + j * a.hidden, a.hidden, max64(0, min64(kWidth, a.output - j)), s.w_hr, i, v);
       }
+    }
   }
 
   // Initial state of the rows [begin, end), into the buffer that their first step, at time t, reads.

@@ -10,8 +10,8 @@
 
 namespace seqkern { namespace SK_NS { namespace {
 
-template <class C, class S> constexpr Kernel kForward{&Forward<C, S>::scratch, &Forward<C, S>::run};
-template <class C, class S> constexpr Kernel kBackward{&Backward<C, S>::scratch, &Backward<C, S>::run};
+template <class C, class S> constexpr Kernel kForward{&Forward<C, S>::scratch, &Forward<C, S>::run, &Forward<C, S>::packing};
+template <class C, class S> constexpr Kernel kBackward{&Backward<C, S>::scratch, &Backward<C, S>::run, nullptr};
 
 template <class C, class S> constexpr ScanKernel kScan{&Scan<C, S>::forward, &Scan<C, S>::backward};
 
@@ -71,6 +71,6 @@ const CpuKernels kKernels = {SK_TEXT(SK_NS), kParts<Bf16> > 0, {kMinRows<double>
                              {&bernoulli<double>, &bernoulli<float>, &bernoulli<Bf16>, &bernoulli<F16>},
                              {SK_DTYPES(kScan, MinGru<LinearCandidate>), SK_DTYPES(kScan, MinGru<PositiveCandidate>),
                               SK_DTYPES(kScan, MinLstm<LinearCandidate>), SK_DTYPES(kScan, MinLstm<PositiveCandidate>)},
-                             SK_VEC_BYTES};
+                             SK_VEC_BYTES, &mark_of};
 
 }}  // namespace seqkern::SK_NS

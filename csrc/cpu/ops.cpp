@@ -11,6 +11,7 @@
 #include "../core/layer_options.h"
 #include "dispatch.h"
 #include "execute.h"
+#include "kept_weights.h"
 #include "memory.h"
 #include "one_step.h"
 #include "plan.h"
@@ -19,6 +20,19 @@ namespace seqkern {
 namespace {
 const CpuKernels& layer_kernels(Dtype dtype, bool backward, int64_t batch, int64_t hidden, int64_t output) {
   return dtype == Dtype::kF32 && !float_on_tiles(backward, batch, hidden, output) ? vector_kernels() : cpu_kernels();
+}
+
+// Calls of one or two rows and few steps read weights as they lie, once or a few times.
+bool keeps_weights(const LayerArgs& a) {
+  constexpr int64_t kFewRows = 2, kFewSteps = 12;
+  return !a.reserve && (a.batch > kFewRows || a.steps > kFewSteps);
+}
+KeptWeights* kept_weights(const LayerArgs& a, const Kernel& kernel, Cell cell, Dtype dtype) {
+  const Packing p = kernel.packing(a);
+  WeightsKey key{int64_t(&kernel), p.bytes, p.form, a.input, a.hidden, a.output, int64_t(cell), int64_t(dtype), a.directions};
+  for (int64_t d = 0, i = 9; d < a.directions; ++d)
+    for (const void* w : {a.weights[d].w_ih, a.weights[d].w_hh, a.weights[d].w_hr}) key[i++] = int64_t(w);
+  return WeightsKeeper::one().take(key, p.bytes, p.marks);
 }
 
 void execute(LayerArgs& a, bool backward, const CellInfo& cell, const std::vector<int64_t>& sizes, Dtype dtype) {
@@ -32,11 +46,17 @@ void execute(LayerArgs& a, bool backward, const CellInfo& cell, const std::vecto
     std::vector<Barrier> barriers(1 + kMaxDirections * (1 + a.plan.rows));
     a.row_bounds = bounds.data();
     a.barriers = barriers.data();
+    a.keep = !backward && keeps_weights(a);
+    KeptWeights* weights = a.keep ? kept_weights(a, kernel, cell.cell, dtype) : nullptr;
+    a.kept = weights ? weights->memory.bytes : nullptr;
+    a.marks = weights ? weights->marks.data() : nullptr;
     static thread_local Scratch kept;
     Scratch own;
     const int64_t bytes = kernel.scratch(a);
     a.scratch = (bytes <= kMostKept ? kept : own).take(bytes);
-    if (run_together(a.plan.threads(), [&](int tid) { kernel.run(a, tid); })) return;
+    const bool done = run_together(a.plan.threads(), [&](int tid) { kernel.run(a, tid); });
+    if (weights) WeightsKeeper::one().give_back(weights);
+    if (done) return;
   }
 }
 
@@ -176,6 +196,13 @@ Tensor math(Tensor x, std::string name) {
   return y;
 }
 
+int64_t mark(Tensor x) {
+  x = dense(x);
+  return int64_t(cpu_kernels().mark(data(x), x.numel() * int64_t(x.element_size())));
+}
+
+std::vector<int64_t> kept_weights_held() { return WeightsKeeper::one().held(); }
+
 // GF/s of multiply-adds on registers with `threads` threads at once, the best of ten tries.
 double peak(std::string dtype, int64_t threads) {
   int d = 0;
@@ -237,10 +264,12 @@ STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
   m.impl("option_layer_backward", TORCH_BOX(&option_backward));
   m.impl("_bernoulli", TORCH_BOX(&bernoulli));
   m.impl("_cpu_math", TORCH_BOX(&math));
+  m.impl("_cpu_mark", TORCH_BOX(&mark));
 }
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&isa));
   m.impl("_cpu_isas", TORCH_BOX(&isas));
+  m.impl("_cpu_kept_weights", TORCH_BOX(&kept_weights_held));
   m.impl("_cpu_peak", TORCH_BOX(&peak));
   m.impl("_cpu_plan", TORCH_BOX(&plan));
 }
