@@ -37,12 +37,14 @@ def _watched() -> bool:
         or c._len_torch_dispatch_stack()
         or functional.transformed()
         or c._autograd._profiler_enabled()
-        or not functional._plain_eager("cpu")
+        or c._is_tracing()
+        or c.is_autocast_enabled("cpu")
     )
 
 
 _KINDS = {Tensor, Parameter}
 _STRIDED = torch.strided
+_empty_like = torch.empty_like
 
 
 def _plain(t: object, shape: tuple, dtype: torch.dtype) -> bool:
@@ -98,18 +100,26 @@ def call(m: nn.RNNBase, x: Tensor, hx) -> tuple | None:
         return None
     for name, wanted in zip(names, shapes, strict=True):
         w = parameters.get(name)
-        if not _plain(w, wanted, dtype):
+        if not (  # _plain, whose call takes a third of its time
+            type(w) in _KINDS
+            and w.layout is _STRIDED
+            and w.dtype is dtype
+            and w.shape == wanted
+            and w.is_cpu
+            and w.is_contiguous()
+        ):
             return None
         addresses.append(w.data_ptr())
 
-    h_n = x.new_empty(state)
-    c_n = x.new_empty(cell_state) if lstm else None
+    # empty_like takes half the time of new_empty.
+    h_n = x.new_empty(state) if h is None else _empty_like(h)
+    c_n = None if not lstm else x.new_empty(cell_state) if c is None else _empty_like(c)
     size, rows = x.element_size(), directions * batch
     at, per = x.data_ptr(), len(addresses) // layers
     h_at, c_at = 0 if h is None else h.data_ptr(), 0 if c is None else c.data_ptr()
     h_n_at, c_n_at = h_n.data_ptr(), c_n.data_ptr() if lstm else 0
     for layer in range(layers):
-        y = x.new_empty((*shape[:-1], directions * output))
+        y = _empty_like(x) if directions * output == inputs else x.new_empty((*shape[:-1], directions * output))
         _C.one_step(
             cell, number, batch, directions * output if layer else inputs, hidden, output, directions,
             at, h_at and h_at + layer * rows * output * size, c_at and c_at + layer * rows * hidden * size,
