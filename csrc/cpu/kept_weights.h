@@ -4,6 +4,7 @@
 // those panels whose mark is another. So every way of changing weights takes effect at once, also those that leave no trace
 // in a tensor's version: `.data`, numpy, another process on shared memory.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <list>
@@ -29,13 +30,14 @@ class WeightsKeeper {
     static WeightsKeeper* keeper = new WeightsKeeper;  // never destroyed: threads may outlast static objects
     return *keeper;
   }
-  // For one call at a time: another that comes meanwhile gets one of its own. Null where there is no room.
+  // For one call at a time: another that comes meanwhile gets one of its own. Null where there is no room, and at a key's
+  // first call: weights that are made anew for each call, as by autocast or a parametrization, often have new addresses.
   KeptWeights* take(const WeightsKey& key, int64_t bytes, int64_t marks) {
     std::lock_guard<std::mutex> lock(mutex_);
     ++turn_;
     for (KeptWeights& k : all_)
       if (!k.taken && k.key == key) return taken(k);
-    if (bytes > limit_) return nullptr;
+    if (bytes > limit_ || !seen_before(key)) return nullptr;
     for (auto k = all_.begin(); k != all_.end() && !fits(bytes);) {  // the longest unused first
       if (turn_ - k->last <= kInUse) return nullptr;
       if (k->taken) {
@@ -76,6 +78,11 @@ class WeightsKeeper {
     limit_ = std::strtoll(mib, &end, 10) * (1 << 20);
     STD_TORCH_CHECK(!*end && limit_ >= 0, "SEQKERN_KEPT_WEIGHTS_MIB must be a whole number of MiB, 0 or more, got ", mib);
   }
+  bool seen_before(const WeightsKey& key) {
+    if (std::find(seen_.begin(), seen_.end(), key) != seen_.end()) return true;
+    seen_[turn_ % seen_.size()] = key;
+    return false;
+  }
   bool fits(int64_t bytes) const { return held_ + bytes <= limit_ && all_.size() < kMost; }
   KeptWeights* taken(KeptWeights& k) {
     k.taken = true;
@@ -89,6 +96,7 @@ class WeightsKeeper {
   }
 
   std::mutex mutex_;
+  std::array<WeightsKey, 64> seen_{};
   std::list<KeptWeights> all_;  // in the order in which they were last taken
   int64_t limit_ = 128 << 20, held_ = 0, turn_ = 0;
 };
