@@ -6,15 +6,15 @@
 #include <exception>
 #include <string>
 
-#include "cpu/one_step.h"
+#include "cpu/infer.h"
 
-// one_step(cell, dtype, B, I, H, P, D, x, h0, c0, y, h_n, c_n, *weights): cpu/one_step.h's numbers and addresses, 0 for
-// null, in Python's integers. Checks nothing but their count.
-static PyObject* one_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 7, kFixed = 13, kMost = kFixed + 2 * 5;
+// infer(cell, dtype, T, B, I, H, P, D, batch_first, x, h0, c0, y, h_n, c_n, *weights): cpu/infer.h's numbers and addresses,
+// 0 for null, in Python's integers. Checks nothing but their count.
+static PyObject* infer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 9, kFixed = 15, kMost = kFixed + 2 * 5;
   int64_t n[kMost];
   if (count < kFixed + 2 || count > kMost) {
-    PyErr_Format(PyExc_TypeError, "one_step takes 15 to 23 numbers, got %zd", count);
+    PyErr_Format(PyExc_TypeError, "infer takes 17 to 25 numbers, got %zd", count);
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; ++i) n[i] = i < kNumbers ? PyLong_AsLongLong(arguments[i])
@@ -22,15 +22,15 @@ static PyObject* one_step(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   if (PyErr_Occurred()) return nullptr;
   void* at[kMost];
   for (Py_ssize_t i = kNumbers; i < count; ++i) at[i] = reinterpret_cast<void*>(n[i]);
-  const seqkern::OneStep step{n[0],  n[1],  n[2],  n[3],  n[4],  n[5],       n[6],        at[7],
-                              at[8], at[9], at[10], at[11], at[12], at + kFixed, (count - kFixed) / n[6]};
+  const seqkern::Inference call{n[0],  n[1],  n[2],  n[3],   n[4],   n[5],   n[6],   n[7],         n[8],
+                                at[9], at[10], at[11], at[12], at[13], at[14], at + kFixed, (count - kFixed) / n[7]};
   std::string error;
   PyThreadState* const thread = PyEval_SaveThread();
   try {
-    seqkern::one_step(step);
+    seqkern::infer(call);
   } catch (const std::exception& e) {
     error = e.what();
-    if (error.empty()) error = "one_step failed";
+    if (error.empty()) error = "infer failed";
   }
   PyEval_RestoreThread(thread);
   if (!error.empty()) {
@@ -42,7 +42,7 @@ static PyObject* one_step(PyObject*, PyObject* const* arguments, Py_ssize_t coun
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
-      {"one_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(one_step)), METH_FASTCALL, nullptr},
+      {"infer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(infer)), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, module_options, one_step, options
+from . import functional, inference, module_options, options
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
 
@@ -177,7 +177,7 @@ class _Layer(_Scriptable, nn.RNNBase):
         call = None
         if lengths is not None or resets is not None or return_all_states or generator is not None:
             call = options.Call(lengths, resets, return_all_states, generator)
-        elif (done := one_step.call(self, input, hx)) is not None:
+        elif (done := inference.call(self, input, hx)) is not None:
             return done
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, call)

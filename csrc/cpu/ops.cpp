@@ -11,9 +11,9 @@
 #include "../core/layer_options.h"
 #include "dispatch.h"
 #include "execute.h"
+#include "infer.h"
 #include "kept_weights.h"
 #include "memory.h"
-#include "one_step.h"
 #include "plan.h"
 
 namespace seqkern {
@@ -230,19 +230,22 @@ std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t h
 }
 }  // namespace
 
-void one_step(const OneStep& s) {
+void infer(const Inference& s) {
   const CellInfo& cell = kCellInfos[s.cell];
-  const std::vector<int64_t> sizes{s.batch}, starts{0, s.batch};
+  const std::vector<int64_t> sizes(s.steps, s.batch);
+  std::vector<int64_t> starts(s.steps + 1);
+  for (int64_t t = 0; t <= s.steps; ++t) starts[t] = t * s.batch;
   LayerArgs a{};
-  a.steps = 1;
-  a.batch = a.rows = s.batch;
+  a.steps = s.steps;
+  a.batch = s.batch;
+  a.rows = s.steps * s.batch;
   a.input = s.input;
   a.hidden = s.hidden;
   a.output = s.output;
   a.directions = s.directions;
   a.sizes = sizes.data();
   a.starts = starts.data();
-  a.x = {s.x, s.batch * s.input, s.input, false};
+  a.x = {s.x, s.batch_first ? s.input : s.batch * s.input, s.batch_first ? s.steps * s.input : s.input, false};
   a.h0 = s.h0;
   a.c0 = s.c0;
   const bool biased = s.per_direction >= 4, projected = s.per_direction % 2;

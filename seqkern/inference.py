@@ -1,8 +1,8 @@
-"""Streaming on the CPU: a layer's call with one time step in inference, past the operator.
+"""Inference on the CPU: a layer's call with gradients off, past the operator.
 
-For a small layer most of such a call is the way to its kernel: the operator's boxed arguments and results, the driver
-of stacks, checks that ask one tensor after the other. `call` does the same in few checks and hands addresses to the
-kernel. Whatever is not plain goes the usual way, which also words the errors.
+For a small layer, or one step of a stream, most of such a call is the way to its kernel: the operator's boxed arguments
+and results, the driver of stacks, checks that ask one tensor after the other. `call` does the same in few checks and
+hands addresses to the kernel. Whatever is not plain goes the usual way, which also words the errors.
 """
 
 from functools import lru_cache
@@ -59,7 +59,7 @@ def _plain(t: object, shape: tuple, dtype: torch.dtype) -> bool:
 
 
 def call(m: nn.RNNBase, x: Tensor, hx) -> tuple | None:
-    """The layer's results on x, or None where x is not one step, gradients are on, or anything is not plain."""
+    """The layer's results on x, or None where gradients are on or anything is not plain."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or m._settings is not None:
         return None
     if type(x) is not Tensor or not x.is_cpu or x.layout is not _STRIDED or _watched():
@@ -67,14 +67,15 @@ def call(m: nn.RNNBase, x: Tensor, hx) -> tuple | None:
     shape, dtype = x.shape, x.dtype
     dim = len(shape)
     if dim == 3:
-        steps, batch = (shape[1], shape[0]) if m.batch_first else (shape[0], shape[1])
+        batch_first = m.batch_first
+        steps, batch = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
     elif dim == 2:
-        steps, batch = shape[0], 1
+        steps, batch, batch_first = shape[0], 1, False
     else:
         return None
     number = _DTYPES.get(dtype)
     inputs, hidden, proj, layers = m.input_size, m.hidden_size, m.proj_size, m.num_layers
-    if number is None or steps != 1 or batch == 0 or shape[-1] != inputs or not x.is_contiguous():
+    if number is None or steps == 0 or batch == 0 or shape[-1] != inputs or not x.is_contiguous():
         return None
     if m.training and m.dropout and layers > 1:
         return None
@@ -118,13 +119,18 @@ def call(m: nn.RNNBase, x: Tensor, hx) -> tuple | None:
     at, per = x.data_ptr(), len(addresses) // layers
     h_at, c_at = 0 if h is None else h.data_ptr(), 0 if c is None else c.data_ptr()
     h_n_at, c_n_at = h_n.data_ptr(), c_n.data_ptr() if lstm else 0
+    width = directions * output
+    turned = batch_first and steps > 1 and batch > 1  # y is made time-major, as everywhere
     for layer in range(layers):
-        y = _empty_like(x) if directions * output == inputs else x.new_empty((*shape[:-1], directions * output))
-        _C.one_step(
-            cell, number, batch, directions * output if layer else inputs, hidden, output, directions,
+        if turned:
+            y = x.new_empty((steps, batch, width))
+        else:
+            y = _empty_like(x) if width == inputs else x.new_empty((*shape[:-1], width))
+        _C.infer(
+            cell, number, steps, batch, width if layer else inputs, hidden, output, directions, turned and not layer,
             at, h_at and h_at + layer * rows * output * size, c_at and c_at + layer * rows * hidden * size,
             y.data_ptr(), h_n_at + layer * rows * output * size, c_n_at and c_n_at + layer * rows * hidden * size,
             *addresses[layer * per : (layer + 1) * per],
         )  # fmt: skip
         at, kept = y.data_ptr(), y  # `kept`: until the next layer has read it
-    return kept, (h_n, c_n) if lstm else h_n
+    return kept.transpose(0, 1) if turned else kept, (h_n, c_n) if lstm else h_n
