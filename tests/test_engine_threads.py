@@ -1,6 +1,10 @@
 """The same bits every time, whatever else runs: repeated calls, numbers of threads, Python threads, forked workers."""
 
+import contextlib
+import os
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +12,8 @@ import torch
 from cases import CASES, make_cotangents, make_inputs
 from oracle import check, engine, evaluate
 from torch.utils.data import DataLoader, Dataset
+
+import seqkern
 
 # One for each way to split the work: by rows, by units with a barrier, by direction, ragged, and not at all.
 SPLITS = [
@@ -106,3 +112,40 @@ def test_forked_workers():
         check(CASES[name], torch.float32, found)
     torch.set_num_threads(2)
     check(CASES[SPLITS[0]], torch.float32, run(CASES[SPLITS[0]]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone places threads so")
+def test_threads_wake_up_on_another_core_than_the_caller():
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    torch.set_num_threads(2)
+    layer, x = seqkern.LSTM(256, 256), torch.randn(200, 32, 256)
+
+    def allowed() -> list[set[int]]:
+        found = []
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):
+                found.append(os.sched_getaffinity(int(thread)))
+        return found
+
+    seen, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.extend(a for a in allowed() if a != cores)
+            time.sleep(1e-3)
+
+    with torch.no_grad():
+        layer(x)  # from now on it knows its threads
+        time.sleep(0.01)
+        before = allowed()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        want = layer(x)[0]
+        done.set()
+        watcher.join()
+    assert seen and all(len(a) == len(cores) - 1 and a < cores for a in seen)
+    assert [a for a in allowed() if a != cores] == [a for a in before if a != cores]
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], want)

@@ -10,6 +10,7 @@
 #endif
 
 #include "memory.h"
+#include "placement.h"
 
 namespace seqkern {
 // Memory for one call's packed weights and buffers. Each calling thread keeps its last, up to a limit: memory fresh
@@ -47,8 +48,11 @@ template <class Work> bool run_together(int count, const Work& work) {
   }
   std::atomic<int> arrived{0};
   std::atomic<bool> one_each{true};
+  Team& team = Team::of_this_thread();
+  const Team::Region region(team, count);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     if (end - begin != 1) one_each = false;
+    team.joined(int(begin));
     arrived += int(end - begin);
     for (int spins = 0; arrived.load() < count; ++spins)
       if (spins > 4000) std::this_thread::yield();
