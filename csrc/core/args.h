@@ -196,6 +196,8 @@ struct CpuKernels {
   int64_t min_rows[kDtypes];  // of a part of the batch: fewer leave the tiles of the products half empty
   Kernel forward[kCells][kDtypes];
   Kernel backward[kCells][kDtypes];
+  // One step in inference, units [first, last) of direction d: single.h.
+  void (*single[kCells][kDtypes])(const LayerArgs&, int64_t d, int64_t first, int64_t last);
   void (*math_f32)(const char* name, const float* x, float* y, int64_t n);
   void (*math_f64)(const char* name, const double* x, double* y, int64_t n);
   // Multiply-adds on registers alone, `n` rounds; returns the floating-point operations done. Times the peak.

@@ -7,11 +7,13 @@
 #include "forward.h"
 #include "random.h"
 #include "scan.h"
+#include "single.h"
 
 namespace seqkern { namespace SK_NS { namespace {
 
 template <class C, class S> constexpr Kernel kForward{&Forward<C, S>::scratch, &Forward<C, S>::run, &Forward<C, S>::packing};
 template <class C, class S> constexpr Kernel kBackward{&Backward<C, S>::scratch, &Backward<C, S>::run, nullptr};
+template <class C, class S> constexpr auto kSingle = &single_step<C, S>;
 
 template <class C, class S> constexpr ScanKernel kScan{&Scan<C, S>::forward, &Scan<C, S>::backward};
 
@@ -66,7 +68,7 @@ template <class S> int64_t burst(int64_t n) {
   {SK_DTYPES(kernel, RnnTanh), SK_DTYPES(kernel, RnnRelu), SK_DTYPES(kernel, Lstm), SK_DTYPES(kernel, Gru)}
 extern const CpuKernels kKernels;
 template <class S> constexpr int64_t kMinRows = kParts<S> > 1 ? kTilePad : 4;
-const CpuKernels kKernels = {SK_TEXT(SK_NS), kParts<Bf16> > 0, {kMinRows<double>, kMinRows<float>, kMinRows<Bf16>, kMinRows<F16>}, SK_CELLS(kForward), SK_CELLS(kBackward), &math<float>, &math<double>,
+const CpuKernels kKernels = {SK_TEXT(SK_NS), kParts<Bf16> > 0, {kMinRows<double>, kMinRows<float>, kMinRows<Bf16>, kMinRows<F16>}, SK_CELLS(kForward), SK_CELLS(kBackward), SK_CELLS(kSingle), &math<float>, &math<double>,
                              {&burst<double>, &burst<float>, &burst<Bf16>, &burst<F16>},
                              {&bernoulli<double>, &bernoulli<float>, &bernoulli<Bf16>, &bernoulli<F16>},
                              {SK_DTYPES(kScan, MinGru<LinearCandidate>), SK_DTYPES(kScan, MinGru<PositiveCandidate>),

@@ -230,11 +230,27 @@ std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t h
 }
 }  // namespace
 
+// A step of a stream. Threads take whole vectors of units, whatever the CPU's.
+void infer_step(const LayerArgs& a, const CellInfo& cell, Dtype dtype) {
+  constexpr int64_t kUnits = 16;
+  const auto single = cpu_kernels().single[int(cell.cell)][int(dtype)];
+  for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
+    const Plan plan = make_plan(1, a.batch, a.input, a.hidden, a.output, cell.gates, a.directions,
+                                dtype == Dtype::kF64 ? 8 : 4, 4, threads);
+    const int parts = plan.rows * plan.units;
+    const auto first = [&](int64_t part) {
+      return std::min((a.hidden + kUnits - 1) / kUnits * part / parts * kUnits, a.hidden);
+    };
+    const auto work = [&](int tid) {
+      for (int64_t d = tid / parts; d < a.directions; d += plan.directions)
+        single(a, d, first(tid % parts), first(tid % parts + 1));
+    };
+    if (run_together(plan.threads(), work)) return;
+  }
+}
+
 void infer(const Inference& s) {
   const CellInfo& cell = kCellInfos[s.cell];
-  const std::vector<int64_t> sizes(s.steps, s.batch);
-  std::vector<int64_t> starts(s.steps + 1);
-  for (int64_t t = 0; t <= s.steps; ++t) starts[t] = t * s.batch;
   LayerArgs a{};
   a.steps = s.steps;
   a.batch = s.batch;
@@ -243,8 +259,6 @@ void infer(const Inference& s) {
   a.hidden = s.hidden;
   a.output = s.output;
   a.directions = s.directions;
-  a.sizes = sizes.data();
-  a.starts = starts.data();
   a.x = {s.x, s.batch_first ? s.input : s.batch * s.input, s.batch_first ? s.steps * s.input : s.input, false};
   a.h0 = s.h0;
   a.c0 = s.c0;
@@ -257,6 +271,14 @@ void infer(const Inference& s) {
   a.y = s.y;
   a.h_n = s.h_n;
   a.c_n = s.c_n;
+  constexpr int64_t kFewRows = 2;
+  if (s.steps == 1 && s.batch <= kFewRows && s.h0 && !projected && (s.c0 || cell.cell != Cell::kLstm))
+    return infer_step(a, cell, Dtype(s.dtype));
+  const std::vector<int64_t> sizes(s.steps, s.batch);
+  std::vector<int64_t> starts(s.steps + 1);
+  for (int64_t t = 0; t <= s.steps; ++t) starts[t] = t * s.batch;
+  a.sizes = sizes.data();
+  a.starts = starts.data();
   execute(a, false, cell, sizes, Dtype(s.dtype));
 }
 
