@@ -3,46 +3,17 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include <exception>
-#include <string>
-
-#include "cpu/infer.h"
-
-// infer(cell, dtype, T, B, I, H, P, D, batch_first, x, h0, c0, y, h_n, c_n, *weights): cpu/infer.h's numbers and addresses,
-// 0 for null, in Python's integers. Checks nothing but their count.
-static PyObject* infer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 9, kFixed = 15, kMost = kFixed + 2 * 5;
-  int64_t n[kMost];
-  if (count < kFixed + 2 || count > kMost) {
-    PyErr_Format(PyExc_TypeError, "infer takes 17 to 25 numbers, got %zd", count);
-    return nullptr;
-  }
-  for (Py_ssize_t i = 0; i < count; ++i) n[i] = i < kNumbers ? PyLong_AsLongLong(arguments[i])
-                                                             : int64_t(PyLong_AsUnsignedLongLong(arguments[i]));
-  if (PyErr_Occurred()) return nullptr;
-  void* at[kMost];
-  for (Py_ssize_t i = kNumbers; i < count; ++i) at[i] = reinterpret_cast<void*>(n[i]);
-  const seqkern::Inference call{n[0],  n[1],  n[2],  n[3],   n[4],   n[5],   n[6],   n[7],         n[8],
-                                at[9], at[10], at[11], at[12], at[13], at[14], at + kFixed, (count - kFixed) / n[7]};
-  std::string error;
-  PyThreadState* const thread = PyEval_SaveThread();
-  try {
-    seqkern::infer(call);
-  } catch (const std::exception& e) {
-    error = e.what();
-    if (error.empty()) error = "infer failed";
-  }
-  PyEval_RestoreThread(thread);
-  if (!error.empty()) {
-    PyErr_SetString(PyExc_RuntimeError, error.c_str());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
-}
+#include "inference.h"
 
 PyMODINIT_FUNC PyInit__C(void) {
+  const auto fast = [](PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+  };
   static PyMethodDef methods[] = {
-      {"infer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(infer)), METH_FASTCALL, nullptr},
+      // (x, hx, parameters, names, cell, I, H, P or 0, L, bidirectional, bias, batch_first) -> (y, hx), or None where the
+      // tensors are not plain; after bind_inference(Tensor, Parameter, empty_like)
+      {"infer", fast(&seqkern::call_inference), METH_FASTCALL, nullptr},
+      {"bind_inference", fast(&seqkern::bind_inference), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);

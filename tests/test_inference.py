@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -195,8 +196,63 @@ def test_in_threads_at_once():
         assert all(map(torch.equal, pool.map(one, xs), want))
 
 
-def test_the_extension_checks_the_count():
-    with pytest.raises(TypeError, match="infer takes 17 to 25 numbers, got 3"):
+def test_the_extension_checks_its_arguments():
+    with pytest.raises(TypeError, match="infer takes 12 arguments, got 3"):
         inference._C.infer(1, 2, 3)
     with pytest.raises(TypeError):
-        inference._C.infer(*["x"] * 17)
+        inference._C.infer(*["x"] * 12)
+    assert inference._C.infer(*[None] * 4, *[1] * 8) is None
+    assert inference._C.infer(torch.zeros(1, 1, 1), None, {}, ["w"] * 4, *[1] * 8) is None
+    with pytest.raises(TypeError, match="takes 3 arguments"):
+        inference._C.bind_inference()
+
+
+@torch.no_grad()
+def test_unusual_tensors(taken, monkeypatch):
+    m, one, x = make("LSTM"), seqkern.LSTM(1, H), torch.randn(1, 3, I)
+    part = torch.randn(1, 1, 1, dtype=torch.complex64).conj().imag
+    assert part.is_neg() and part.is_contiguous()
+    for layer, unusual in ((one, part), (m, torch._efficientzerotensor((1, 3, I))), (m, x[:, :1].expand(1, 3, I))):
+        got = flat(layer(unusual))
+        assert taken == [False] and all(map(torch.equal, got, usual(monkeypatch, layer, unusual.resolve_neg())))
+        taken.clear()
+    for refused in (
+        x.to_sparse(),
+        x.to("meta"),
+        x.int(),
+        x.double(),
+        x.to(torch.complex64),
+        x[0, 0],
+        x[None],
+        x[..., :2],
+    ):
+        assert inference.call(m, refused, None) is None
+    h, c = state(m, 3)
+    for refused in (h, (h,), [h, c], (h, c, c), (h, c.double()), (h, c[0]), (c[..., :2], h), (h, None)):
+        assert inference.call(m, x, refused) is None
+    assert not m(nn.Parameter(x), (nn.Parameter(h), c.requires_grad_()))[0].requires_grad
+    m.weight_hh_l0.data = m.weight_hh_l0.data.double()
+    assert inference.call(m, x, (h, c)) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_holds_on_to_nothing(settings, taken):
+    m = make("LSTM", **SETTINGS[settings])
+    x, hx = torch.randn(2, 3, I), state(m, 2 if m.batch_first else 3)
+    watched = [
+        x,
+        *hx,
+        hx,
+        *m.parameters(),
+        m._parameters,
+        m._flat_weights_names,
+        torch.Tensor,
+    ]  # each tensor holds its class
+    m(x, hx)
+    before = [sys.getrefcount(o) for o in watched]
+    for _ in range(3):
+        m(x, hx)
+        m(x)
+        inference.call(m, x, (hx[0], None))
+    assert taken == [True] + 3 * [True, True, False] and [sys.getrefcount(o) for o in watched] == before

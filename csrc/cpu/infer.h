@@ -1,5 +1,4 @@
-// One layer in inference, from addresses: what a plain call takes in place of the operator, whose boxed arguments and
-// results cost more than a small layer's arithmetic. seqkern/inference.py checks all of it before.
+// One layer in inference, from addresses: what a plain call (csrc/inference.cpp) takes in place of the operator, and checks before.
 #pragma once
 #include <cstdint>
 
