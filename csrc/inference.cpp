@@ -7,6 +7,7 @@
 #undef TORCH_TARGET_VERSION
 #include <ATen/dlpack.h>
 
+#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -98,6 +99,7 @@ Ref made(PyObject* like, const DLTensor& t, const Shape& shape) {
 
 struct Settings {
   int64_t cell, input, hidden, proj, layers, bidirectional, bias, batch_first;
+  int64_t one_step;  // as RNNCell and its like take it: x [B, I] or [I], states [B, H] or [H], no y
   bool lstm() const { return cell == 2; }
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t output() const { return proj ? proj : hidden; }
@@ -127,15 +129,17 @@ struct Call {
   bool plain(PyObject* const* arguments) {
     if (!read(arguments[kX], x)) return false;
     dtype = dtype_of(x);
-    if (dtype == kNoDtype || (x.ndim != 2 && x.ndim != 3) || x.shape[x.ndim - 1] != s.input) return false;
-    const bool batch_first = s.batch_first && x.ndim == 3;
-    steps = x.shape[batch_first];
-    batch = x.ndim == 2 ? 1 : x.shape[!batch_first];
+    const int dims = s.one_step ? 1 : 2;  // without a batch
+    if (dtype == kNoDtype || (x.ndim != dims && x.ndim != dims + 1) || x.shape[x.ndim - 1] != s.input) return false;
+    const bool batched = x.ndim > dims, batch_first = s.batch_first && batched;
+    steps = s.one_step ? 1 : x.shape[batch_first];
+    batch = !batched ? 1 : s.one_step ? x.shape[0] : x.shape[!batch_first];
     turned = batch_first && steps > 1 && batch > 1;
     return steps > 0 && batch > 0 && plain_state(arguments[kState]) &&
            plain_weights(arguments[kParameters], arguments[kNames]);
   }
   Shape state(int64_t size) const {
+    if (s.one_step) return x.ndim == 2 ? Shape{{batch, size}, 2} : Shape{{size}, 1};
     const int64_t all = s.layers * s.directions();
     return x.ndim == 3 ? Shape{{all, batch, size}, 3} : Shape{{all, size}, 2};
   }
@@ -168,13 +172,13 @@ struct Call {
 
   PyObject* run(PyObject* x_object) {
     const int64_t width = s.directions() * s.output();
-    const Shape y_shape = turned            ? Shape{{steps, batch, width}, 3}
+    const Shape y_shape = turned        ? Shape{{steps, batch, width}, 3}
                           : x.ndim == 3 ? Shape{{x.shape[0], x.shape[1], width}, 3}
                                         : Shape{{x.shape[0], width}, 2};
     std::vector<Ref> ys;
     std::vector<void*> at{data(x)};
     DLTensor t;
-    for (int64_t layer = 0; layer < s.layers; ++layer) {
+    for (int64_t layer = 0; layer < s.layers && !s.one_step; ++layer) {
       ys.push_back(made(x_object, x, y_shape));
       if (!ys.back() || !readable(ys.back(), t)) return nullptr;
       at.push_back(data(t));
@@ -186,6 +190,7 @@ struct Call {
       c_n = made(h_n.get(), h_out, state(s.hidden));
       if (!c_n || !readable(c_n, c_out)) return nullptr;
     }
+    if (s.one_step) at.push_back(data(h_out));
     const int64_t row = s.directions() * batch * (x.dtype.bits / 8);  // a layer's states: this times the size of one
     const auto part = [&](const DLTensor& states, int64_t layer, int64_t size) {
       return static_cast<void*>(static_cast<char*>(data(states)) + layer * row * size);
@@ -208,6 +213,7 @@ struct Call {
       PyErr_SetString(PyExc_RuntimeError, error.c_str());
       return nullptr;
     }
+    if (s.one_step) return s.lstm() ? Py_BuildValue("OO", h_n.get(), c_n.get()) : h_n.release();
     Ref y = std::move(ys.back());
     if (turned) {
       Ref zero(PyLong_FromLong(0)), one(PyLong_FromLong(1));
@@ -245,7 +251,9 @@ PyObject* call_inference(PyObject*, PyObject* const* arguments, Py_ssize_t count
   int64_t numbers[kArguments - kNumbers];
   for (Py_ssize_t i = kNumbers; i < count; ++i) numbers[i - kNumbers] = PyLong_AsLongLong(arguments[i]);
   if (PyErr_Occurred()) return nullptr;
-  Call call{{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]}};
+  Call call;
+  static_assert(sizeof call.s == sizeof numbers);
+  std::memcpy(&call.s, numbers, sizeof numbers);
   if (!call.plain(arguments)) Py_RETURN_NONE;
   return call.run(arguments[kX]);
 }

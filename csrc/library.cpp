@@ -10,8 +10,8 @@ PyMODINIT_FUNC PyInit__C(void) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
   };
   static PyMethodDef methods[] = {
-      // (x, hx, parameters, names, cell, I, H, P or 0, L, bidirectional, bias, batch_first) -> (y, hx), or None where the
-      // tensors are not plain; after bind_inference(Tensor, Parameter, empty_like)
+      // (x, hx, parameters, names, cell, I, H, P or 0, L, bidirectional, bias, batch_first, one_step) -> (y, hx), or of one
+      // step hx, or None where the tensors are not plain; after bind_inference(Tensor, Parameter, empty_like)
       {"infer", fast(&seqkern::call_inference), METH_FASTCALL, nullptr},
       {"bind_inference", fast(&seqkern::bind_inference), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _C, functional
 
 _CELLS = {"RNN_TANH": 0, "RNN_RELU": 1, "LSTM": 2, "GRU": 3}  # as enum Cell
+_STEPS = {name.lower(): number for name, number in _CELLS.items()}
 _C.bind_inference(Tensor, nn.Parameter, torch.empty_like)
 
 
@@ -27,14 +28,33 @@ def _watched() -> bool:
     )
 
 
+def _plain() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched())
+
+
 def call(m: nn.RNNBase, x: Tensor, hx) -> tuple | None:
     """The layer's results on x, or None where gradients are on or anything is not plain."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or m._settings is not None or _watched():
+    if not _plain() or m._settings is not None:
         return None
     layers = m.num_layers
     if m.training and m.dropout and layers > 1:
         return None
     return _C.infer(
         x, hx, m._parameters, m._flat_weights_names, _CELLS[m.mode], m.input_size, m.hidden_size, m.proj_size, layers,
-        m.bidirectional, m.bias, m.batch_first,
+        m.bidirectional, m.bias, m.batch_first, False,
+    )  # fmt: skip
+
+
+_NAMES = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+_WEIGHTS = _NAMES[:2]
+
+
+def step(m: nn.RNNCellBase, cell: str, x: Tensor, hx) -> Tensor | tuple | None:
+    """Likewise for RNNCell, LSTMCell and GRUCell."""
+    if not _plain():
+        return None
+    bias = m.bias
+    return _C.infer(
+        x, hx, m._parameters, _NAMES if bias else _WEIGHTS, _STEPS[cell], m.input_size, m.hidden_size, 0, 1, False, bias,
+        False, True,
     )  # fmt: skip

@@ -270,10 +270,13 @@ class _Cell(_Scriptable, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """The forward of the torch.nn class of the same name: its arguments, results and exception types."""
+        cell = self._cell
+        if (done := inference.step(self, cell, input, hx)) is not None:
+            return done
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {dim}D instead")
-        lstm = self._cell == "lstm"
+        lstm = cell == "lstm"
         x = (input if dim == 2 else input.unsqueeze(0)).unsqueeze(0)
         h = c = None
         if hx is not None:
@@ -289,7 +292,7 @@ class _Cell(_Scriptable, nn.RNNCellBase):
         weights = _weights(self, _CELL_WEIGHTS)
         if weights[2] is None:
             weights = weights[:2]
-        _, h_n, c_n = functional.run_layer(self._cell, (x, h, c), weights, None, False)[:3]
+        _, h_n, c_n = functional.run_layer(cell, (x, h, c), weights, None, False)[:3]
         h_n = h_n.squeeze(0) if dim == 2 else h_n[0, 0]
         if not lstm:
             return h_n

@@ -81,6 +81,40 @@ def test_gives_the_same(kind, settings, dtype, taken, monkeypatch):
         assert torch.equal(x, kept[0]) and (hx is None or all(map(torch.equal, flat((x, hx)), flat(kept))))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell", "relu"])
+def test_cells_give_the_same(kind, bias, dtype, monkeypatch):
+    name, options = ("RNNCell", {"nonlinearity": "relu"}) if kind == "relu" else (kind, {})
+    m = getattr(seqkern, name)(I, H, bias=bias, **options).to(dtype)
+    step, taken = inference.step, []
+    monkeypatch.setattr(inference, "step", lambda *a: (taken.append((r := step(*a)) is not None), r)[1])
+
+    def run(x, hx) -> tuple[torch.Tensor, ...]:
+        result = m(x, hx)
+        return result if kind == "LSTMCell" else (result,)
+
+    for batch, given in itertools.product(([], [1], [2], [9]), (True, False)):
+        x, h, c = (torch.randn(*batch, n, dtype=dtype) for n in (I, H, H))
+        hx = None if not given else (h, c) if kind == "LSTMCell" else h
+        with torch.no_grad():
+            got = run(x, hx)
+            assert taken.pop()
+            with monkeypatch.context() as patch:
+                patch.setattr(inference, "step", lambda *_: None)
+                want = run(x, hx)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape and torch.equal(a, b)
+        assert len({t.data_ptr() for t in got}) == len(got)
+        run(x.requires_grad_(), hx)[0].sum().backward()
+        assert not taken.pop() and x.grad is not None
+    with torch.no_grad():
+        x, h = torch.randn(3, I, dtype=dtype), torch.randn(3, H + 1, dtype=dtype)
+        for wrong in (h, h[:2, :H], h[None, :, :H], h[0, :H]):
+            with pytest.raises((RuntimeError, ValueError), match="hidden state h"):
+                m(x, (wrong, wrong) if kind == "LSTMCell" else wrong)
+
+
 @torch.no_grad()
 def test_weights_are_read_anew(taken, monkeypatch):
     m, x = make("LSTM"), torch.randn(1, 2, I)
@@ -197,12 +231,12 @@ def test_in_threads_at_once():
 
 
 def test_the_extension_checks_its_arguments():
-    with pytest.raises(TypeError, match="infer takes 12 arguments, got 3"):
+    with pytest.raises(TypeError, match="infer takes 13 arguments, got 3"):
         inference._C.infer(1, 2, 3)
     with pytest.raises(TypeError):
-        inference._C.infer(*["x"] * 12)
-    assert inference._C.infer(*[None] * 4, *[1] * 8) is None
-    assert inference._C.infer(torch.zeros(1, 1, 1), None, {}, ["w"] * 4, *[1] * 8) is None
+        inference._C.infer(*["x"] * 13)
+    assert inference._C.infer(*[None] * 4, *[1] * 9) is None
+    assert inference._C.infer(torch.zeros(1, 1, 1), None, {}, ["w"] * 4, *[1] * 9) is None
     with pytest.raises(TypeError, match="takes 3 arguments"):
         inference._C.bind_inference()
 

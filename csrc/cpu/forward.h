@@ -393,7 +393,7 @@ template <class C, class S> struct Forward {
                     }, i & 1);
   }
 
-  // h_n from each row's last output, c_n from what it carried.
+  // h_n from each row's last output, which may be the same memory; c_n from what it carried.
   void finish(const Direction& dir, const Shared& s, int64_t b0, int64_t b1) const {
     S* h_n = (S*)a.h_n + dir.d * a.batch * a.output;
     S* c_n = (S*)a.c_n + dir.d * a.batch * a.hidden;
@@ -401,7 +401,7 @@ template <class C, class S> struct Forward {
     for (int64_t b = b0; b < b1; ++b) {
       while (a.sizes[last] <= b) --last;  // rows further down ended no later
       const int64_t t = dir.d ? 0 : last;
-      memcpy(h_n + b * a.output, (const S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output,
+      memmove(h_n + b * a.output, (const S*)a.y + ((a.starts[t] + b) * a.directions + dir.d) * a.output,
              a.output * sizeof(S));
       if (C::kCarry != Carry::kCell) continue;
       for (int64_t j = 0; j < a.hidden; ++j) narrow(s.carry[b * carry_ld + j], c_n[b * a.hidden + j]);
