@@ -174,7 +174,13 @@ class Build(BuildExtension):
 cuda = with_cuda()
 extension = CppExtension(
     "seqkern._C",
-    ["csrc/library.cpp", "csrc/inference.cpp", "csrc/cpu/dispatch.cpp", *sources("csrc/cpu/*ops.cpp")]
+    [
+        "csrc/library.cpp",
+        "csrc/inference.cpp",
+        "csrc/training.cpp",
+        "csrc/cpu/dispatch.cpp",
+        *sources("csrc/cpu/*ops.cpp"),
+    ]
     + ["csrc/cuda/ops.cpp"] * cuda,
     define_macros=[("SK_BUILD_INFO", json.dumps(json.dumps(build_info(cuda))))],
     extra_compile_args={"cxx": CXX + STABLE},

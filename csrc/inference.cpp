@@ -1,115 +1,24 @@
-// A plain call of a layer in inference, from Python's objects to addresses: what the operator's boxed arguments, or checks
-// of tensors in Python, would cost is more than a small layer's arithmetic. Tensors are read through the exchange table of
-// DLPack 1.3 (dmlc.github.io/dlpack), C functions that torch.Tensor offers under `__dlpack_c_exchange_api__`.
-#include "inference.h"
-
-// Not torch's own interface, whose stable part this would leave, but that of DLPack: plain C, with a layout that it keeps.
-#undef TORCH_TARGET_VERSION
-#include <ATen/dlpack.h>
+// A plain call of a layer or a cell in inference: what the operator's boxed arguments, or checks of tensors in Python, would
+// cost is more than a small layer's arithmetic.
+#include "calls.h"
 
 #include <cstring>
-#include <exception>
-#include <string>
-#include <vector>
 
-#include "cpu/infer.h"
+#include "objects.h"
 
 namespace seqkern {
+Torch torch_objects;
+
 namespace {
-struct Torch {  // of the process, held for good
-  PyObject *tensor = nullptr, *parameter, *empty_like, *new_empty, *transpose;
-  int (*read)(void*, DLTensor*) = nullptr;
-} torch;
-
-class Ref {
- public:
-  explicit Ref(PyObject* owned = nullptr) : object_(owned) {}
-  Ref(const Ref&) = delete;
-  Ref(Ref&& other) noexcept : object_(other.release()) {}
-  Ref& operator=(Ref&& other) noexcept {
-    std::swap(object_, other.object_);
-    return *this;
-  }
-  ~Ref() { Py_XDECREF(object_); }
-  static Ref to(PyObject* borrowed) {
-    Py_INCREF(borrowed);
-    return Ref(borrowed);
-  }
-  PyObject* get() const { return object_; }
-  PyObject* release() {
-    PyObject* const object = object_;
-    object_ = nullptr;
-    return object;
-  }
-  explicit operator bool() const { return object_; }
-
- private:
-  PyObject* object_;
-};
-
-constexpr int kNoDtype = -1;
-int dtype_of(const DLTensor& t) {  // as enum Dtype
-  if (t.dtype.lanes != 1) return kNoDtype;
-  if (t.dtype.code == kDLBfloat) return t.dtype.bits == 16 ? 2 : kNoDtype;
-  if (t.dtype.code != kDLFloat) return kNoDtype;
-  return t.dtype.bits == 64 ? 0 : t.dtype.bits == 32 ? 1 : t.dtype.bits == 16 ? 3 : kNoDtype;
-}
-
-// Whether o is a dense tensor or parameter on the CPU, exactly of these classes; t then describes it.
-bool read(PyObject* o, DLTensor& t) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(o));
-  if (type != torch.tensor && type != torch.parameter) return false;
-  if (torch.read(o, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (t.device.device_type != kDLCPU || !t.data) return false;  // no data: a tensor known to be zeros
-  // A last dimension of 1 must lie dense, too: the imaginary part of a conjugate, whose sign waits to be changed, does not.
-  if (t.ndim && t.strides && t.strides[t.ndim - 1] != 1) return false;
-  int64_t dense = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    if (t.shape[i] != 1 && t.strides && t.strides[i] != dense) return false;
-    dense *= t.shape[i];
-  }
-  return true;
-}
-void* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-
-struct Shape {
-  int64_t sizes[3];
-  int dim;
-  bool of(const DLTensor& t) const {
-    if (t.ndim != dim) return false;
-    for (int i = 0; i < dim; ++i)
-      if (t.shape[i] != sizes[i]) return false;
-    return true;
-  }
-};
-
-// Dense, like `like` in all but its shape; null with an exception set where there is no memory for it.
-Ref made(PyObject* like, const DLTensor& t, const Shape& shape) {
-  if (shape.of(t)) return Ref(PyObject_CallFunctionObjArgs(torch.empty_like, like, nullptr));
-  Ref sizes(PyTuple_New(shape.dim));
-  for (int i = 0; sizes && i < shape.dim; ++i) {
-    PyObject* const size = PyLong_FromLongLong(shape.sizes[i]);
-    if (!size || PyTuple_SetItem(sizes.get(), i, size) != 0) return Ref();
-  }
-  return sizes ? Ref(PyObject_CallMethodObjArgs(like, torch.new_empty, sizes.get(), nullptr)) : Ref();
-}
-
 struct Settings {
   int64_t cell, input, hidden, proj, layers, bidirectional, bias, batch_first;
   int64_t one_step;  // as RNNCell and its like take it: x [B, I] or [I], states [B, H] or [H], no y
-  bool lstm() const { return cell == 2; }
+  bool lstm() const { return cell == kLstm; }
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t output() const { return proj ? proj : hidden; }
-  int64_t gates() const { return lstm() ? 4 : cell == 3 ? 3 : 1; }
   int64_t per_direction() const { return 2 + (bias ? 2 : 0) + (proj ? 1 : 0); }  // weights
   Shape weight(int64_t layer, int64_t which) const {
-    const int64_t rows = gates() * hidden;
-    if (which == 0) return {{rows, layer ? directions() * output() : input}, 2};
-    if (which == 1) return {{rows, output()}, 2};
-    return bias && which < 4 ? Shape{{rows}, 1} : Shape{{proj, hidden}, 2};
+    return weight_shape(which, bias, gates_of(cell) * hidden, layer ? directions() * output() : input, output(), proj, hidden);
   }
 };
 enum Argument { kX, kState, kParameters, kNames, kNumbers };
@@ -180,54 +89,44 @@ struct Call {
     DLTensor t;
     for (int64_t layer = 0; layer < s.layers && !s.one_step; ++layer) {
       ys.push_back(made(x_object, x, y_shape));
-      if (!ys.back() || !readable(ys.back(), t)) return nullptr;
+      if (!describe(ys.back(), t)) return nullptr;
       at.push_back(data(t));
     }
     DLTensor h_out, c_out;
     Ref h_n = h_object ? made(h_object, h, state(s.output())) : made(x_object, x, state(s.output())), c_n;
-    if (!h_n || !readable(h_n, h_out)) return nullptr;
+    if (!describe(h_n, h_out)) return nullptr;
     if (s.lstm()) {
       c_n = made(h_n.get(), h_out, state(s.hidden));
-      if (!c_n || !readable(c_n, c_out)) return nullptr;
+      if (!describe(c_n, c_out)) return nullptr;
     }
     if (s.one_step) at.push_back(data(h_out));
     const int64_t row = s.directions() * batch * (x.dtype.bits / 8);  // a layer's states: this times the size of one
     const auto part = [&](const DLTensor& states, int64_t layer, int64_t size) {
       return static_cast<void*>(static_cast<char*>(data(states)) + layer * row * size);
     };
-    std::string error;
-    PyThreadState* const thread = PyEval_SaveThread();
-    try {
+    const auto all_layers = [&] {
       for (int64_t layer = 0; layer < s.layers; ++layer)
-        infer({s.cell, dtype, steps, batch, layer ? width : s.input, s.hidden, s.output(), s.directions(),
-               turned && layer == 0, at[layer], h_object ? part(h, layer, s.output()) : nullptr,
-               c_object ? part(c, layer, s.hidden) : nullptr, at[layer + 1], part(h_out, layer, s.output()),
-               s.lstm() ? part(c_out, layer, s.hidden) : nullptr,
-               weights.data() + layer * s.directions() * s.per_direction(), s.per_direction()});
-    } catch (const std::exception& e) {
-      error = e.what();
-      if (error.empty()) error = "inference failed";
-    }
-    PyEval_RestoreThread(thread);
-    if (!error.empty()) {
-      PyErr_SetString(PyExc_RuntimeError, error.c_str());
-      return nullptr;
-    }
+        plain_forward({s.cell, dtype, steps, batch, layer ? width : s.input, s.hidden, s.output(), s.directions(),
+                 turned && layer == 0, at[layer], h_object ? part(h, layer, s.output()) : nullptr,
+                 c_object ? part(c, layer, s.hidden) : nullptr, at[layer + 1], part(h_out, layer, s.output()),
+                 s.lstm() ? part(c_out, layer, s.hidden) : nullptr, nullptr,
+                 weights.data() + layer * s.directions() * s.per_direction(), s.per_direction()});
+    };
+    if (!unlocked(all_layers)) return nullptr;
     if (s.one_step) return s.lstm() ? Py_BuildValue("OO", h_n.get(), c_n.get()) : h_n.release();
     Ref y = std::move(ys.back());
     if (turned) {
       Ref zero(PyLong_FromLong(0)), one(PyLong_FromLong(1));
-      y = Ref(PyObject_CallMethodObjArgs(y.get(), torch.transpose, zero.get(), one.get(), nullptr));
+      y = Ref(PyObject_CallMethodObjArgs(y.get(), torch_objects.transpose, zero.get(), one.get(), nullptr));
       if (!y) return nullptr;
     }
     return s.lstm() ? Py_BuildValue("O(OO)", y.get(), h_n.get(), c_n.get()) : Py_BuildValue("OO", y.get(), h_n.get());
   }
-  static bool readable(const Ref& made, DLTensor& t) { return torch.read(made.get(), &t) == 0; }
 };
 }  // namespace
 
-PyObject* bind_inference(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "bind_inference takes 3 arguments, got %zd", count);
+PyObject* bind_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "bind_tensors takes 3 arguments, got %zd", count);
   Ref capsule(PyObject_GetAttrString(arguments[0], "__dlpack_c_exchange_api__"));
   if (!capsule) return nullptr;
   const auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
@@ -235,13 +134,13 @@ PyObject* bind_inference(PyObject*, PyObject* const* arguments, Py_ssize_t count
   if (api->header.version.major != DLPACK_MAJOR_VERSION || !api->dltensor_from_py_object_no_sync)
     return PyErr_Format(PyExc_ImportError, "torch exchanges tensors by DLPack %u, built for %d",
                         unsigned(api->header.version.major), DLPACK_MAJOR_VERSION);
-  torch.new_empty = PyUnicode_InternFromString("new_empty");
-  torch.transpose = PyUnicode_InternFromString("transpose");
-  if (!torch.new_empty || !torch.transpose) return nullptr;
-  torch.tensor = Ref::to(arguments[0]).release();
-  torch.parameter = Ref::to(arguments[1]).release();
-  torch.empty_like = Ref::to(arguments[2]).release();
-  torch.read = api->dltensor_from_py_object_no_sync;
+  torch_objects.new_empty = PyUnicode_InternFromString("new_empty");
+  torch_objects.transpose = PyUnicode_InternFromString("transpose");
+  if (!torch_objects.new_empty || !torch_objects.transpose) return nullptr;
+  torch_objects.tensor = Ref::to(arguments[0]).release();
+  torch_objects.parameter = Ref::to(arguments[1]).release();
+  torch_objects.empty_like = Ref::to(arguments[2]).release();
+  torch_objects.read = api->dltensor_from_py_object_no_sync;
   Py_RETURN_NONE;
 }
 

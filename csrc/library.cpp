@@ -3,7 +3,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "inference.h"
+#include "calls.h"
 
 PyMODINIT_FUNC PyInit__C(void) {
   const auto fast = [](PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -11,9 +11,15 @@ PyMODINIT_FUNC PyInit__C(void) {
   };
   static PyMethodDef methods[] = {
       // (x, hx, parameters, names, cell, I, H, P or 0, L, bidirectional, bias, batch_first, one_step) -> (y, hx), or of one
-      // step hx, or None where the tensors are not plain; after bind_inference(Tensor, Parameter, empty_like)
+      // step hx; like the next two None where the tensors are not plain, and to be called after bind_tensors
       {"infer", fast(&seqkern::call_inference), METH_FASTCALL, nullptr},
-      {"bind_inference", fast(&seqkern::bind_inference), METH_FASTCALL, nullptr},
+      // (x, h0, c0, weights, cell, bidirectional, one_step) -> (y, h_n, c_n, reserve), or of one step (h_n, c_n, reserve)
+      {"forward", fast(&seqkern::call_forward), METH_FASTCALL, nullptr},
+      // (dy, dh_n, dc_n, x, h0, c0, weights, y, reserve, cell, bidirectional, one_step, need_dx, need_dh0, need_dc0, need_dw)
+      // -> (dx, dh0, dc0, dweights), None for what is not needed
+      {"backward", fast(&seqkern::call_backward), METH_FASTCALL, nullptr},
+      // (Tensor, Parameter, empty_like)
+      {"bind_tensors", fast(&seqkern::bind_tensors), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);

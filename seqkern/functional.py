@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import ops, reference, watch
+from . import ops, reference, training, watch
+from .plain import transformed
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -28,11 +28,6 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 def takes_lengths(device: torch.device) -> bool:
     """Whether the device's kernels take lengths, and bounds on norms. The CPU's want packed rows, and `recurrence`."""
     return device.type == "cuda"
-
-
-def transformed() -> bool:
-    """Whether vmap, jvp and the like are active, which differentiate or batch operation by operation."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_devices(cell: str, x: Tensor, others: Sequence[Tensor | None]) -> None:
@@ -118,13 +113,36 @@ def run_layer(
         save = torch.is_grad_enabled() and wants_grad(sequence, weights)
         if save and _plain_eager(x.device.type):
             tf32 = ops.tf32_allowed(x)
-            return ops.EagerLayer.apply(x, h, c, batch_sizes, cell, bidirectional, tf32, *weights)
+            return training.EagerLayer.apply(x, h, c, batch_sizes, cell, bidirectional, tf32, *weights)
         if save or torch.compiler.is_compiling():
             return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, save, ops.tf32_allowed(x))
         # Autograd, which has nothing to do here, costs as much Python time as all the rest of a one-step call.
         with torch._C._AutoDispatchBelowAutograd():
             return ops.rnn_layer(x, h, c, weights, batch_sizes, cell, bidirectional, False, ops.tf32_allowed(x))
     return reference_layer(cell, sequence, weights, batch_sizes, bidirectional)
+
+
+def run_cell(cell: str, state: Sequence[Tensor | None], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """One step of RNNCell and its like: h' and, of an LSTM, c', from x [B, I] or [I], h and c [B, H], [H] or None."""
+    x, h, c = state
+    check_devices(cell, x, (h, c, *weights))
+    if (
+        torch.is_grad_enabled()
+        and wants_grad(state, weights)
+        and has_kernel(x.device, x.dtype)
+        and not transformed()
+        and not watch.listening()
+        and _plain_eager(x.device.type)
+    ):
+        done = training.EagerCell.apply(x, h, c, cell, ops.tf32_allowed(x), *weights)
+        return done if cell == "lstm" else (done, None)
+    batched = x.dim() == 2
+    sequence = [t if t is None else (t if batched else t.unsqueeze(0)).unsqueeze(0) for t in state]
+    _, h_n, c_n = run_layer(cell, sequence, weights, None, False)[:3]
+    h_n = h_n.squeeze(0) if batched else h_n[0, 0]
+    if cell != "lstm":
+        return h_n, None
+    return h_n, c_n.squeeze(0) if batched else c_n[0, 0]
 
 
 def run_stack(

@@ -277,29 +277,26 @@ class _Cell(_Scriptable, nn.RNNCellBase):
         if dim != 2 and dim != 1:
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {dim}D instead")
         lstm = cell == "lstm"
-        x = (input if dim == 2 else input.unsqueeze(0)).unsqueeze(0)
+        batch = input.size(0) if dim == 2 else 1
         h = c = None
         if hx is not None:
             if lstm and len(hx) != 2:
                 raise RuntimeError(f"LSTMCell expects two states, (h, c), got {len(hx)}")
             h, c = _split(hx, lstm)
-            h = self._one_step(h, "h", dim, x.size(1))
-            c = self._one_step(c, "c", dim, x.size(1)) if lstm else None
-        if x.size(-1) != self.input_size:
+            self._check(h, "h", dim, batch)
+            if lstm:
+                self._check(c, "c", dim, batch)
+        if input.size(-1) != self.input_size:
             raise RuntimeError(
-                f"{type(self).__name__}: input.size(-1) must be input_size = {self.input_size}, got {x.size(-1)}"
+                f"{type(self).__name__}: input.size(-1) must be input_size = {self.input_size}, got {input.size(-1)}"
             )
         weights = _weights(self, _CELL_WEIGHTS)
         if weights[2] is None:
             weights = weights[:2]
-        _, h_n, c_n = functional.run_layer(cell, (x, h, c), weights, None, False)[:3]
-        h_n = h_n.squeeze(0) if dim == 2 else h_n[0, 0]
-        if not lstm:
-            return h_n
-        return h_n, c_n.squeeze(0) if dim == 2 else c_n[0, 0]
+        h_n, c_n = functional.run_cell(cell, (input, h, c), weights)
+        return (h_n, c_n) if lstm else h_n
 
-    def _one_step(self, state: Tensor, name: str, dim: int, batch: int) -> Tensor:
-        """[1, B, H] from [B, H], or [1, 1, H] from [H]."""
+    def _check(self, state: Tensor, name: str, dim: int, batch: int) -> None:
         if state.dim() not in (1, 2):
             raise ValueError(
                 f"{type(self).__name__}: Expected hidden state {name} to be 1D or 2D, got {state.dim()}D instead"
@@ -310,7 +307,6 @@ class _Cell(_Scriptable, nn.RNNCellBase):
                 f"{type(self).__name__}: hidden state {name} must be {'[B, H]' if dim == 2 else '[H]'} = "
                 f"{list(wanted)}, got {list(state.size())}"
             )
-        return (state if dim == 2 else state.unsqueeze(0)).unsqueeze(0)
 
 
 class RNNCell(_Cell, nn.RNNCell):

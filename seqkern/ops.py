@@ -61,20 +61,21 @@ def _(x, h0, c0, weights, batch_sizes, cell, bidirectional, save, tf32=False):
     )
 
 
-def _keep(ctx, sequence, weights, batch_sizes, options, results):
-    """What both autograd formulas of rnn_layer keep for backward."""
+def keep(ctx, sequence, weights, batch_sizes, options, results):
+    """What all autograd formulas of rnn_layer keep for backward."""
     ctx.cell, ctx.bidirectional, ctx.tf32 = options
-    y, c_n, reserve = results
+    y, reserve = results
     ctx.count = len(weights)
     ctx.watcher = watch.claim()
-    ctx.mark_non_differentiable(reserve, *([] if ctx.cell == "lstm" else [c_n]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*sequence, batch_sizes, y, reserve, *weights)
 
 
-def _gradients(ctx, saved, cotangents, needed, any_weight):
+def gradients(ctx, saved, cotangents, needed, any_weight):
     """Gradients of x, h0, c0 and the weights, None for those that are not needed; `needed`: of x, h0, c0."""
     x, h0, c0, batch_sizes, y, reserve, *weights = saved
+    if reserve is None:  # a cell that keeps nothing, called past the operator
+        reserve = x.new_empty(0)
     options = (ctx.cell, ctx.bidirectional, needed[0], any_weight)
     if ctx.watcher is None:
         dx, dh0, dc0, dweights = rnn_layer_backward(
@@ -93,7 +94,8 @@ def _gradients(ctx, saved, cotangents, needed, any_weight):
 def _rnn_layer_setup(ctx, inputs, output):
     x, h0, c0, weights, batch_sizes, cell, bidirectional, _, tf32 = inputs
     y, _, c_n, reserve = output
-    _keep(ctx, (x, h0, c0), weights, batch_sizes, (cell, bidirectional, tf32), (y, c_n, reserve))
+    keep(ctx, (x, h0, c0), weights, batch_sizes, (cell, bidirectional, tf32), (y, reserve))
+    ctx.mark_non_differentiable(reserve, *([] if cell == "lstm" else [c_n]))
 
 
 def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
@@ -101,37 +103,8 @@ def _rnn_layer_backward(ctx, dy, dh_n, dc_n, _):
     others = [None] * (len(ctx.needs_input_grad) - 4)  # arguments left at their default are not counted
     if dy is None and dh_n is None and dc_n is None:
         return None, None, None, [None] * ctx.count, *others
-    states, dweights = _gradients(ctx, ctx.saved_tensors, (dy, dh_n, dc_n), needed, any(need_weights))
+    states, dweights = gradients(ctx, ctx.saved_tensors, (dy, dh_n, dc_n), needed, any(need_weights))
     return (*states, [g if n else None for g, n in zip(dweights, need_weights, strict=True)], *others)
-
-
-class EagerLayer(torch.autograd.Function):
-    """rnn_layer with gradients, for plain eager calls: the operator's own autograd takes 0.1 ms more Python time.
-
-    apply(x, h0, c0, batch_sizes, cell, bidirectional, tf32, *weights) gives y, h_n, c_n.
-    """
-
-    @staticmethod
-    def forward(ctx, x, h0, c0, batch_sizes, cell, bidirectional, tf32, *weights):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, reserve = rnn_layer(x, h0, c0, weights, batch_sizes, cell, bidirectional, True, tf32)
-        _keep(ctx, (x, h0, c0), weights, batch_sizes, (cell, bidirectional, tf32), (y, c_n, reserve))
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):
-        *needed, _, _, _, _ = ctx.needs_input_grad[:7]
-        need_weights = ctx.needs_input_grad[7:]
-        if dy is None and dh_n is None and dc_n is None:
-            return (None,) * (7 + ctx.count)
-        saved = ctx.saved_tensors  # with autograd on: torch.utils.checkpoint runs forward again here
-        if torch.is_grad_enabled():  # a second derivative is wanted: through the operator's own formula
-            states, dweights = _gradients(ctx, saved, (dy, dh_n, dc_n), needed, any(need_weights))
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                states, dweights = _gradients(ctx, saved, (dy, dh_n, dc_n), needed, any(need_weights))
-        dweights = [g if n else None for g, n in zip(dweights, need_weights, strict=True)]
-        return (*states, None, None, None, None, *dweights)
 
 
 torch.library.register_autograd("seqkern::rnn_layer", _rnn_layer_backward, setup_context=_rnn_layer_setup)

@@ -314,7 +314,7 @@ def run_stack(
     y, h_n, c_n, hs, cs = _run_layers(stack, (x, h, c), weights, batch_sizes, call, keep, lengths, packing)
     if packing is not None:
         y = packing.unpack(y)
-        h_n, c_n = packing.last(h_n, sequence[1]), c_n if c_n.dim() < 3 else packing.last(c_n, sequence[2])
+        h_n, c_n = packing.last(h_n, sequence[1]), packing.last(c_n, sequence[2]) if cell == "lstm" else c_n
         hs, cs = ([packing.unpack(t) for t in ts] for ts in (hs, cs))
     if not call.all_states:
         return y, h_n, c_n, None, None

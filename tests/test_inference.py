@@ -238,7 +238,7 @@ def test_the_extension_checks_its_arguments():
     assert inference._C.infer(*[None] * 4, *[1] * 9) is None
     assert inference._C.infer(torch.zeros(1, 1, 1), None, {}, ["w"] * 4, *[1] * 9) is None
     with pytest.raises(TypeError, match="takes 3 arguments"):
-        inference._C.bind_inference()
+        inference._C.bind_tensors()
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@
 #include "../core/layer_options.h"
 #include "dispatch.h"
 #include "execute.h"
-#include "infer.h"
 #include "kept_weights.h"
 #include "memory.h"
+#include "plain.h"
 #include "plan.h"
 
 namespace seqkern {
@@ -228,7 +228,6 @@ std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t h
                            int(torch::stable::get_num_threads()));
   return {p.directions, p.rows, p.units, all.tiles};
 }
-}  // namespace
 
 // A step of a stream. Threads take whole vectors of units, whatever the CPU's.
 void infer_step(const LayerArgs& a, const CellInfo& cell, Dtype dtype) {
@@ -249,8 +248,24 @@ void infer_step(const LayerArgs& a, const CellInfo& cell, Dtype dtype) {
   }
 }
 
-void infer(const Inference& s) {
-  const CellInfo& cell = kCellInfos[s.cell];
+constexpr int64_t kDtypeBytes[kDtypes] = {8, 4, 2, 2};
+
+Weights weights_of(const Plain& s, void* const* w) {
+  const bool biased = s.per_direction >= 4, projected = s.per_direction % 2;
+  return {w[0], w[1], biased ? w[2] : nullptr, biased ? w[3] : nullptr, projected ? w[s.per_direction - 1] : nullptr};
+}
+
+// The rows of each step of a batch without lengths.
+struct Steps {
+  std::vector<int64_t> sizes, starts;
+  explicit Steps(LayerArgs& a) : sizes(a.steps, a.batch), starts(a.steps + 1) {
+    for (int64_t t = 0; t <= a.steps; ++t) starts[t] = t * a.batch;
+    a.sizes = sizes.data();
+    a.starts = starts.data();
+  }
+};
+
+LayerArgs layer_args(const Plain& s) {
   LayerArgs a{};
   a.steps = s.steps;
   a.batch = s.batch;
@@ -262,25 +277,42 @@ void infer(const Inference& s) {
   a.x = {s.x, s.batch_first ? s.input : s.batch * s.input, s.batch_first ? s.steps * s.input : s.input, false};
   a.h0 = s.h0;
   a.c0 = s.c0;
-  const bool biased = s.per_direction >= 4, projected = s.per_direction % 2;
-  for (int64_t d = 0; d < s.directions; ++d) {
-    void* const* w = s.weights + d * s.per_direction;
-    a.weights[d] = {w[0], w[1], biased ? w[2] : nullptr, biased ? w[3] : nullptr,
-                    projected ? w[s.per_direction - 1] : nullptr};
-  }
+  for (int64_t d = 0; d < s.directions; ++d) a.weights[d] = weights_of(s, s.weights + d * s.per_direction);
   a.y = s.y;
+  a.reserve = s.reserve;
+  return a;
+}
+}  // namespace
+
+void plain_forward(const Plain& s) {
+  const CellInfo& cell = kCellInfos[s.cell];
+  LayerArgs a = layer_args(s);
   a.h_n = s.h_n;
   a.c_n = s.c_n;
+  if (s.reserve) large_pages(s.reserve, s.directions * a.rows * cell.saved * s.hidden * kDtypeBytes[s.dtype]);
   constexpr int64_t kFewRows = 2;
-  if (s.steps == 1 && s.batch <= kFewRows && s.h0 && !projected && (s.c0 || cell.cell != Cell::kLstm))
+  if (s.steps == 1 && s.batch <= kFewRows && s.h0 && !a.reserve && !a.weights[0].w_hr &&
+      (s.c0 || cell.cell != Cell::kLstm))
     return infer_step(a, cell, Dtype(s.dtype));
-  const std::vector<int64_t> sizes(s.steps, s.batch);
-  std::vector<int64_t> starts(s.steps + 1);
-  for (int64_t t = 0; t <= s.steps; ++t) starts[t] = t * s.batch;
-  a.sizes = sizes.data();
-  a.starts = starts.data();
-  execute(a, false, cell, sizes, Dtype(s.dtype));
+  const Steps steps(a);
+  execute(a, false, cell, steps.sizes, Dtype(s.dtype));
 }
+
+void plain_backward(const Plain& s, const PlainGradients& g) {
+  LayerArgs a = layer_args(s);
+  const int64_t row = s.directions * s.output;
+  if (g.dy) a.dy = {g.dy, s.batch * row, row, false};
+  a.dh_n = g.dh_n;
+  a.dc_n = g.dc_n;
+  a.dx = g.dx;
+  a.dh0 = g.dh0;
+  a.dc0 = g.dc0;
+  for (int64_t d = 0; g.dweights && d < s.directions; ++d) a.dweights[d] = weights_of(s, g.dweights + d * s.per_direction);
+  const Steps steps(a);
+  execute(a, true, kCellInfos[s.cell], steps.sizes, Dtype(s.dtype));
+}
+
+int64_t saved_per_unit(int64_t cell) { return kCellInfos[cell].saved; }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
   m.impl("rnn_layer", TORCH_BOX(&forward));
