@@ -226,3 +226,24 @@ def test_zeros_at_the_end_count():
         y[-1] = 1
         assert mark(x) != mark(y)
     assert len({mark(torch.full((64,), i % 251, dtype=torch.uint8)) for i in range(251)}) == 251
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_loop_of_cells_in_training(kind):
+    cell, x = getattr(seqkern, kind)(40, 48), torch.randn(5, 40)
+
+    def run(m) -> list[torch.Tensor]:
+        state, outputs = None, []
+        for _ in range(3):
+            state = m(x, state)
+            outputs.append(state[0] if kind == "LSTMCell" else state)
+        return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), list(m.parameters()))]
+
+    run(cell)
+    layers = torch.ops.seqkern._cpu_kept_weights()[0]
+    for _ in range(2):
+        assert all(map(torch.equal, run(cell), run(copy.deepcopy(cell))))
+        cell.weight_hh.data.numpy()[3, 5] += 1  # leaves no trace in the tensor's version
+        for p in cell.parameters():
+            p.data.mul_(0.9)
+    assert layers > 0

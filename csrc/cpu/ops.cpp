@@ -22,10 +22,12 @@ const CpuKernels& layer_kernels(Dtype dtype, bool backward, int64_t batch, int64
   return dtype == Dtype::kF32 && !float_on_tiles(backward, batch, hidden, output) ? vector_kernels() : cpu_kernels();
 }
 
-// Calls of one or two rows and few steps read weights as they lie, once or a few times.
+// Calls of one or two rows and few steps read weights as they lie, once or a few times. In training weights change from call
+// to call, but not within a loop over a cell's steps.
 bool keeps_weights(const LayerArgs& a) {
   constexpr int64_t kFewRows = 2, kFewSteps = 12;
-  return !a.reserve && (a.batch > kFewRows || a.steps > kFewSteps);
+  if (a.batch <= kFewRows) return !a.reserve && a.steps > kFewSteps;
+  return !a.reserve || a.steps == 1;
 }
 KeptWeights* kept_weights(const LayerArgs& a, const Kernel& kernel, Cell cell, Dtype dtype) {
   const Packing p = kernel.packing(a);
