@@ -206,10 +206,10 @@ def relative(path: Path, readme: Path | None) -> str:
 
 
 def report_cpu(lines: Sequence[Line], base: Path, readme: Path | None, console: Console) -> str:
-    """Prints, plots and writes the page; returns the README's part."""
+    """Prints, plots and writes the page; returns the README's part. Machines that ran these sources come first."""
     csrc, sections, pages = csrc_hash(), [], []
     page = base.with_suffix(".md")
-    for setting in settings(lines):
+    for setting in sorted(settings(lines), key=lambda s: s.stale(csrc) / len(s.lines)):
         first = setting.lines[0]
         suffix = f"-{first['isa']}-{first['threads']}t" if sections else ""
         print_setting(setting, console)

@@ -1,11 +1,14 @@
 """Which eager calls may go past PyTorch's dispatcher, straight to the extension's functions of Python objects."""
 
+import contextlib
+
 import torch
 from torch.autograd import forward_ad
 
 from . import _C
 
-_C.bind_tensors(torch.Tensor, torch.nn.Parameter, torch.empty_like)
+with contextlib.suppress(AttributeError, ImportError):  # a torch that cannot be read so: all calls take the operators
+    _C.bind_tensors(torch.Tensor, torch.nn.Parameter, torch.empty_like)
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}  # as enum Cell
 
 

@@ -239,6 +239,8 @@ def test_the_extension_checks_its_arguments():
     assert inference._C.infer(torch.zeros(1, 1, 1), None, {}, ["w"] * 4, *[1] * 9) is None
     with pytest.raises(TypeError, match="takes 3 arguments"):
         inference._C.bind_tensors()
+    with pytest.raises(AttributeError, match="__dlpack_c_exchange_api__"):
+        inference._C.bind_tensors(int, nn.Parameter, torch.empty_like)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Training by plain calls: what goes past the operator gives what it does, to the bit, and steps aside for it."""
 
 import itertools
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -251,3 +253,17 @@ def test_wrong_arguments_lose_nothing():
         training._C.backward(*back[:12], False, False, False, False)
         training._C.backward(*back[:8], None, *back[9:])
     assert [sys.getrefcount(t) for t in watched] == before
+
+
+def test_a_torch_without_the_exchange_table():
+    code = """
+        import torch
+        del torch.Tensor.__dlpack_c_exchange_api__
+        import seqkern
+        m, x = seqkern.LSTM(5, 7), torch.randn(3, 2, 5, requires_grad=True)
+        m(x)[0].sum().backward()
+        with torch.no_grad():
+            assert seqkern.inference.call(m, x, None) is None
+            assert torch.equal(m(x)[0], seqkern.functional.lstm(x, None, list(m.parameters()))[0])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
