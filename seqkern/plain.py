@@ -19,6 +19,8 @@ def transformed() -> bool:
 
 def watched() -> bool:
     """Whether anything has to see operators: a mode, a transform, a compiler, a tracer, autocast, a profiler."""
+    if torch.compiler.is_compiling():  # first: a compiler cannot trace the others
+        return True
     c = torch._C
     return bool(
         c._len_torch_function_stack()
@@ -27,5 +29,4 @@ def watched() -> bool:
         or c._autograd._profiler_enabled()
         or c._is_tracing()
         or c.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
     )
