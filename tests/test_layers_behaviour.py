@@ -159,12 +159,14 @@ def test_layouts_of_input_and_state(cls):
 def test_no_zeros_are_made_for_a_missing_state(monkeypatch):
     seen = []
 
-    def spy(x, h0, c0, *rest):
-        seen.append((h0, c0))
-        return operator(x, h0, c0, *rest)
+    for module, name in ((ops, "rnn_layer"), (ops._C, "forward")):  # the operator, and what plain calls take
+        original = getattr(module, name)
 
-    operator = ops.rnn_layer
-    monkeypatch.setattr(ops, "rnn_layer", spy)
+        def spy(x, h0, c0, *rest, original=original):
+            seen.append((h0, c0))
+            return original(x, h0, c0, *rest)
+
+        monkeypatch.setattr(module, name, spy)
     seqkern.LSTM(3, 4, 2)(torch.randn(5, 2, 3))
     seqkern.LSTM(3, 4)(pack_sequence([torch.randn(5, 3)]))
     seqkern.LSTMCell(3, 4)(torch.randn(2, 3))
