@@ -92,20 +92,27 @@ std::vector<Isa> runnable() {
   return found;
 }
 
+bool named(const Isa& isa, const char* name) { return !std::strcmp(isa.name, name); }
+const char* wanted_isa() {
+  const char* name = std::getenv("SEQKERN_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
+
 const Isa& chosen_isa() {
   static const Isa chosen = [] {
     std::vector<Isa> found = runnable();
-    const char* wanted = std::getenv("SEQKERN_CPU_ISA");
-    if (!wanted || !*wanted) {
+    const char* wanted = wanted_isa();
+    if (!wanted) {
 #if defined(__x86_64__)
       // Intel's bf16 dot product runs at half the rate of its float multiply-add (82 against 155 GF/s a core measured
       // on an Emerald Rapids), AMD's at twice: there bf16 is better widened.
-      if (found.size() > 1 && !std::strcmp(found.back().name, "avx512_bf16") && !__builtin_cpu_is("amd")) found.pop_back();
+      const size_t n = found.size();
+      if (!__builtin_cpu_is("amd") && named(found[n - 1], "avx512_bf16") && named(found[n - 2], "avx512")) found.pop_back();
 #endif
       return found.back();
     }
     for (const Isa& isa : found)
-      if (!std::strcmp(isa.name, wanted)) return isa;
+      if (named(isa, wanted)) return isa;
     STD_TORCH_CHECK(false, "SEQKERN_CPU_ISA must be one of those that this CPU runs (", cpu_isas(), "), got ", wanted);
   }();
   return chosen;
@@ -123,10 +130,19 @@ const CpuKernels& vector_kernels() {
   static const CpuKernels& vector = [&]() -> const CpuKernels& {
     const CpuKernels* best = cpu_kernels().tiles ? nullptr : &cpu_kernels();
     for (const Isa& isa : best ? std::vector<Isa>{} : runnable())
-      if (!isa.kernels->tiles && std::strcmp(isa.name, "generic")) best = isa.kernels;
+      if (!isa.kernels->tiles && !named(isa, "generic")) best = isa.kernels;
     return best ? *best : cpu_kernels();
   }();
   return vector;
+}
+const CpuKernels& row_kernels() {
+  static const CpuKernels& row = [&]() -> const CpuKernels& {
+    if (!wanted_isa() && named(chosen_isa(), "avx512"))
+      for (const Isa& isa : runnable())
+        if (named(isa, "avx512_bf16")) return *isa.kernels;
+    return cpu_kernels();
+  }();
+  return row;
 }
 const RecurrenceKernels& cpu_recurrences() { return *chosen_isa().recurrences; }
 const DecoderKernels& decoder_kernels() { return *chosen_isa().decoder; }

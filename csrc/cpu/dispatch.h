@@ -11,6 +11,8 @@ namespace seqkern {
 // once; a name that is unknown or that this CPU cannot run is an error.
 const CpuKernels& cpu_kernels();
 const CpuKernels& vector_kernels();  // the same, but for a CPU with a tile unit those that leave it alone
+// The same for one row of bf16: it waits for its weights, so that dot products win however slow, as nothing is widened.
+const CpuKernels& row_kernels();
 const DecoderKernels& decoder_kernels();
 const ProjectKernels& project_kernels();
 const SearchKernels& search_kernels();

@@ -18,7 +18,8 @@
 
 namespace seqkern {
 namespace {
-const CpuKernels& layer_kernels(Dtype dtype, bool backward, int64_t batch, int64_t hidden, int64_t output) {
+const CpuKernels& layer_kernels(Dtype dtype, bool training, bool backward, int64_t batch, int64_t hidden, int64_t output) {
+  if (dtype == Dtype::kBf16 && !training && batch == 1) return row_kernels();
   return dtype == Dtype::kF32 && !float_on_tiles(backward, batch, hidden, output) ? vector_kernels() : cpu_kernels();
 }
 
@@ -38,7 +39,7 @@ KeptWeights* kept_weights(const LayerArgs& a, const Kernel& kernel, Cell cell, D
 }
 
 void execute(LayerArgs& a, bool backward, const CellInfo& cell, const std::vector<int64_t>& sizes, Dtype dtype) {
-  const CpuKernels& all = layer_kernels(dtype, backward, a.batch, a.hidden, a.output);
+  const CpuKernels& all = layer_kernels(dtype, backward || a.reserve, backward, a.batch, a.hidden, a.output);
   const Kernel& kernel = (backward ? all.backward : all.forward)[int(cell.cell)][int(dtype)];
   const int64_t min_rows = all.min_rows[int(dtype)];
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
@@ -224,7 +225,7 @@ double peak(std::string dtype, int64_t threads) {
 
 std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, std::string cell,
                           bool bidirectional) {
-  const CpuKernels& all = layer_kernels(Dtype::kF32, false, batch, hidden, output);
+  const CpuKernels& all = layer_kernels(Dtype::kF32, false, false, batch, hidden, output);
   const Plan p = make_plan(steps, batch, input, hidden, output, cell_info(cell).gates, bidirectional ? 2 : 1, 4,
                            all.min_rows[int(Dtype::kF32)],
                            int(torch::stable::get_num_threads()));
@@ -234,7 +235,7 @@ std::vector<int64_t> plan(int64_t steps, int64_t batch, int64_t input, int64_t h
 // A step of a stream. Threads take whole vectors of units, whatever the CPU's.
 void infer_step(const LayerArgs& a, const CellInfo& cell, Dtype dtype) {
   constexpr int64_t kUnits = 16;
-  const auto single = cpu_kernels().single[int(cell.cell)][int(dtype)];
+  const auto single = layer_kernels(dtype, false, false, a.batch, a.hidden, a.output).single[int(cell.cell)][int(dtype)];
   for (int threads = int(torch::stable::get_num_threads());; threads = 1) {
     const Plan plan = make_plan(1, a.batch, a.input, a.hidden, a.output, cell.gates, a.directions,
                                 dtype == Dtype::kF64 ? 8 : 4, 4, threads);
