@@ -111,7 +111,8 @@ MUTATIONS = {  # of scan.cuh: text, what takes its place
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_change_is_seen(name):
-    with host.changed("scan", name, host.edited(("cuda/scan.cuh", *MUTATIONS[name]))):
+    texts = host.compiled_for(host.edited(("cuda/scan.cuh", *MUTATIONS[name])), ["F32"])
+    with host.changed("scan", name, texts):
         shape, wrong = (33, 3, 46, 5), []
         arguments = problem("mingru", shape, torch.float32, True, True)
         wrong = faults(by_kernels("mingru", shape, *arguments, 0, host.load("scan")), "mingru", *arguments)

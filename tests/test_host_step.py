@@ -25,7 +25,7 @@ def run(case: Case, dtype: torch.dtype, seed: int, **options):
     return host_layer.run(case, make_inputs(case, dtype), make_cotangents(case, dtype), seed, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_layer(case, dtype):
     first = None
@@ -39,7 +39,7 @@ def test_layer(case, dtype):
         assert all(torch.equal(t, first[name]) for name, t in found.items())  # whatever the order of the threads
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "name", ["h_16-lstm", "h_16-gru", "h_tail-rnn_tanh", "packed_bidirectional-lstm", "no_bias-gru"]
 )

@@ -23,7 +23,8 @@ def outcome(case: Case) -> str:
 
 def outcome_with(variant: str, name: str, old: str, new: str, case: Case) -> str:
     """`outcome` of a build in which csrc/cuda/`name` has `new` in place of `old`."""
-    with host.changed("step", variant, host.edited((f"cuda/{name}", old, new))):
+    texts = host.compiled_for(host.edited((f"cuda/{name}", old, new)), ["F32"])
+    with host.changed("step", variant, texts):
         return outcome(case)
 
 
@@ -54,7 +55,7 @@ def test_a_reset_that_lets_a_gradient_pass_is_wrong_in_the_gradients_alone():
     case = Case("reset-gru", "gru", T=5, B=4, I=3, H=8)
     assert host_options.outcome(case, torch.float64, "keep") == []
     edit = ("cuda/step_options.cuh", "  keep_state<S>(s.o, row, dh);\n", "  (void)row;\n")
-    with host.changed("step", "reset", host.edited(edit)):
+    with host.changed("step", "reset", host.compiled_for(host.edited(edit), ["F64"])):
         found = "\n".join(host_options.outcome(case, torch.float64, "keep"))
     assert "dx is off by" in found and "dweight_hh is off by" in found
     assert " y is off" not in found and "h_n is off" not in found
