@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/box.h"
 #include "../core/operands.h"
 #include "dispatch.h"
 #include "execute.h"
@@ -285,7 +286,7 @@ Gradients backward(Optional da, Optional dh_n, Optional dc_n, Optional dalpha, T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("attention_decoder", TORCH_BOX(&forward));
-  m.impl("attention_decoder_backward", TORCH_BOX(&backward));
+  m.impl("attention_decoder", SK_BOX(forward));
+  m.impl("attention_decoder_backward", SK_BOX(backward));
 }
 }  // namespace seqkern

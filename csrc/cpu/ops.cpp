@@ -8,6 +8,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../core/box.h"
 #include "../core/layer_options.h"
 #include "dispatch.h"
 #include "execute.h"
@@ -318,19 +319,19 @@ void plain_backward(const Plain& s, const PlainGradients& g) {
 int64_t saved_per_unit(int64_t cell) { return kCellInfos[cell].saved; }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("rnn_layer", TORCH_BOX(&forward));
-  m.impl("rnn_layer_backward", TORCH_BOX(&backward));
-  m.impl("option_layer", TORCH_BOX(&option_forward));
-  m.impl("option_layer_backward", TORCH_BOX(&option_backward));
-  m.impl("_bernoulli", TORCH_BOX(&bernoulli));
-  m.impl("_cpu_math", TORCH_BOX(&math));
-  m.impl("_cpu_mark", TORCH_BOX(&mark));
+  m.impl("rnn_layer", SK_BOX(forward));
+  m.impl("rnn_layer_backward", SK_BOX(backward));
+  m.impl("option_layer", SK_BOX(option_forward));
+  m.impl("option_layer_backward", SK_BOX(option_backward));
+  m.impl("_bernoulli", SK_BOX(bernoulli));
+  m.impl("_cpu_math", SK_BOX(math));
+  m.impl("_cpu_mark", SK_BOX(mark));
 }
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_isa", TORCH_BOX(&isa));
-  m.impl("_cpu_isas", TORCH_BOX(&isas));
-  m.impl("_cpu_kept_weights", TORCH_BOX(&kept_weights_held));
-  m.impl("_cpu_peak", TORCH_BOX(&peak));
-  m.impl("_cpu_plan", TORCH_BOX(&plan));
+  m.impl("_cpu_isa", SK_BOX(isa));
+  m.impl("_cpu_isas", SK_BOX(isas));
+  m.impl("_cpu_kept_weights", SK_BOX(kept_weights_held));
+  m.impl("_cpu_peak", SK_BOX(peak));
+  m.impl("_cpu_plan", SK_BOX(plan));
 }
 }  // namespace seqkern

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/box.h"
 #include "../core/operands.h"
 #include "dispatch.h"
 #include "execute.h"
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dkeys, Tensor dvalues
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("project_sources", TORCH_BOX(&forward));
-  m.impl("project_sources_backward", TORCH_BOX(&backward));
+  m.impl("project_sources", SK_BOX(forward));
+  m.impl("project_sources_backward", SK_BOX(backward));
 }
 }  // namespace seqkern

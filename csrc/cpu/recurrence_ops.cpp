@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "../core/box.h"
 #include "../core/recurrence_problem.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -93,7 +94,7 @@ RecurrenceGradients recurrence_backward(Optional dy, Optional dh_n, Optional dc_
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("recurrence", TORCH_BOX(&recurrence));
-  m.impl("_recurrence_backward", TORCH_BOX(&recurrence_backward));
+  m.impl("recurrence", SK_BOX(recurrence));
+  m.impl("_recurrence_backward", SK_BOX(recurrence_backward));
 }
 }  // namespace seqkern

@@ -6,6 +6,7 @@
 #include <functional>
 #include <tuple>
 
+#include "../core/box.h"
 #include "../core/scan_problem.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor> scan_backward(Tensor dh, Tensor p, Optional h0, Optio
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("scan", TORCH_BOX(&scan));
-  m.impl("scan_backward", TORCH_BOX(&scan_backward));
+  m.impl("scan", SK_BOX(scan));
+  m.impl("scan_backward", SK_BOX(scan_backward));
 }
 }  // namespace seqkern

@@ -6,6 +6,7 @@
 #include <limits>
 #include <tuple>
 
+#include "../core/box.h"
 #include "../core/operands.h"
 #include "dispatch.h"
 #include "execute.h"
@@ -352,10 +353,10 @@ int64_t search_scratch(Tensor packed, int64_t sources, int64_t places, int64_t b
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
-  m.impl("search_pack", TORCH_BOX(&search_pack));
-  m.impl("search_greedy", TORCH_BOX(&search_greedy));
-  m.impl("search_sample", TORCH_BOX(&search_sample));
-  m.impl("search_beam", TORCH_BOX(&search_beam));
-  m.impl("_search_scratch", TORCH_BOX(&search_scratch));
+  m.impl("search_pack", SK_BOX(search_pack));
+  m.impl("search_greedy", SK_BOX(search_greedy));
+  m.impl("search_sample", SK_BOX(search_sample));
+  m.impl("search_beam", SK_BOX(search_beam));
+  m.impl("_search_scratch", SK_BOX(search_scratch));
 }
 }  // namespace seqkern

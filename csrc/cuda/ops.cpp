@@ -9,6 +9,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "../core/box.h"
 #include "../core/layer_options.h"
 #include "../core/recurrence_problem.h"
 #include "../core/scan_problem.h"
@@ -372,16 +373,16 @@ std::string plan(std::vector<int64_t> sizes, std::string cell, std::string dtype
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
-  m.impl("rnn_layer", TORCH_BOX(&forward));
-  m.impl("rnn_layer_backward", TORCH_BOX(&backward));
-  m.impl("option_layer", TORCH_BOX(&option_forward));
-  m.impl("option_layer_backward", TORCH_BOX(&option_backward));
-  m.impl("recurrence", TORCH_BOX(&recurrence));
-  m.impl("_recurrence_backward", TORCH_BOX(&recurrence_backward));
-  m.impl("_transposed_product", TORCH_BOX(&transposed_product));
-  m.impl("_bernoulli", TORCH_BOX(&bernoulli));
-  m.impl("scan", TORCH_BOX(&scan_forward));
-  m.impl("scan_backward", TORCH_BOX(&scan_backward));
+  m.impl("rnn_layer", SK_BOX(forward));
+  m.impl("rnn_layer_backward", SK_BOX(backward));
+  m.impl("option_layer", SK_BOX(option_forward));
+  m.impl("option_layer_backward", SK_BOX(option_backward));
+  m.impl("recurrence", SK_BOX(recurrence));
+  m.impl("_recurrence_backward", SK_BOX(recurrence_backward));
+  m.impl("_transposed_product", SK_BOX(transposed_product));
+  m.impl("_bernoulli", SK_BOX(bernoulli));
+  m.impl("scan", SK_BOX(scan_forward));
+  m.impl("scan_backward", SK_BOX(scan_backward));
 }
-STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_cuda_plan", TORCH_BOX(&plan)); }
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) { m.impl("_cuda_plan", SK_BOX(plan)); }
 }}  // namespace seqkern::cuda
